@@ -1,0 +1,200 @@
+"""Every error loramux raises on purpose, each with its cause and its gRPC status.
+
+    LoramuxError
+    ├── InvalidRequest        INVALID_ARGUMENT     a value out of its limits (BadRequest detail)
+    ├── InvalidAdapter        INVALID_ARGUMENT     files that cannot be served on this base (PreconditionFailure detail)
+    ├── AdapterUnavailable    FAILED_PRECONDITION  a registered adapter that failed to load, or cannot be used now
+    ├── AdapterNotFound       NOT_FOUND            no adapter of that name (ResourceInfo detail)
+    ├── AdapterExists         ALREADY_EXISTS       the name holds other content and `replace` was not given
+    ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
+    ├── Unauthenticated       UNAUTHENTICATED      no token, or a wrong one
+    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full, a client that never reads (RetryInfo detail)
+    ├── DeadlineExceeded      DEADLINE_EXCEEDED    the request's deadline passed; its work has stopped
+    ├── Cancelled             CANCELLED            the client or an operator cancelled the request
+    ├── Draining              UNAVAILABLE          the server or the adapter is shutting down (RetryInfo detail)
+    ├── Unimplemented         UNIMPLEMENTED        part of the contract that this build does not serve yet
+    ├── EngineFault           INTERNAL             a defect; the text tells clients nothing of the internals
+    └── StartupError          (never on the wire)  the server cannot start: model, device, files, ports
+        └── UnsupportedModel                       a base model that cannot be driven flat, refused by name
+
+The status names are those of gRPC; `rpc.status` turns them into codes and details. Nothing here imports gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class LoramuxError(Exception):
+    """Base of all. `reason` is ErrorInfo.reason (UPPER_SNAKE_CASE), `metadata` is ErrorInfo.metadata."""
+
+    status: ClassVar[str] = "INTERNAL"
+    reason: str = "INTERNAL"
+
+    def __init__(
+        self, message: str, *, reason: str | None = None, metadata: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        if reason is not None:
+            self.reason = reason
+        self.metadata: dict[str, str] = {k: str(v) for k, v in (metadata or {}).items()}
+
+
+class InvalidRequest(LoramuxError):
+    """A value that is out of its limits. `field` is the proto field path, e.g. "sampling.top_p"."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "INVALID_VALUE"
+
+    def __init__(
+        self,
+        field: str,
+        message: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(f"{field}: {message}", reason=reason, metadata={"field": field, **(metadata or {})})
+        self.field = field
+        self.description = message
+
+
+class InvalidAdapter(LoramuxError):
+    """Adapter files that are corrupt, unsupported or made for another base. `subject` is the field or tensor."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "INVALID_ADAPTER"
+
+    def __init__(
+        self,
+        subject: str,
+        message: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(
+            f"{subject}: {message}", reason=reason, metadata={"subject": subject, **(metadata or {})}
+        )
+        self.subject = subject
+        self.description = message
+
+
+class AdapterUnavailable(LoramuxError):
+    """A registered adapter whose load failed, or that this server cannot use now."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "ADAPTER_UNAVAILABLE"
+
+
+class AdapterNotFound(LoramuxError):
+    """No adapter has this name. Never answered with the base instead."""
+
+    status = "NOT_FOUND"
+    reason = "ADAPTER_NOT_FOUND"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"adapter {name!r} is not loaded; `loramux adapters list` shows the names that are, "
+            "and an empty adapter name asks for the base model",
+            metadata={"adapter": name},
+        )
+        self.name = name
+
+
+class AdapterExists(LoramuxError):
+    """The name holds other content."""
+
+    status = "ALREADY_EXISTS"
+    reason = "ADAPTER_EXISTS"
+
+
+class PathNotAllowed(LoramuxError):
+    """A path outside the allowed roots, after resolving `..` and symbolic links."""
+
+    status = "PERMISSION_DENIED"
+    reason = "PATH_NOT_ALLOWED"
+
+
+class Unauthenticated(LoramuxError):
+    """No bearer token, or a wrong one."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class Overloaded(LoramuxError):
+    """Something bounded is full. `retry_after` is in seconds."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "OVERLOADED"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float = 1.0,
+        reason: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, metadata=metadata)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(LoramuxError):
+    """The deadline passed while the request was queued or running."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(LoramuxError):
+    """The client went away, or an operator cancelled the request (unload with cancel, shutdown)."""
+
+    status = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class Draining(LoramuxError):
+    """The server or the adapter takes no new requests. `retry_after` is in seconds."""
+
+    status = "UNAVAILABLE"
+    reason = "DRAINING"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float = 1.0,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, metadata=metadata)
+        self.retry_after = retry_after
+
+
+class Unimplemented(LoramuxError):
+    """Part of the contract that this build does not serve yet."""
+
+    status = "UNIMPLEMENTED"
+    reason = "UNIMPLEMENTED"
+
+
+class EngineFault(LoramuxError):
+    """A defect in the engine. The log has the traceback; clients get a sentence without internals."""
+
+    status = "INTERNAL"
+    reason = "ENGINE_FAULT"
+
+
+class StartupError(LoramuxError):
+    """The server cannot start; the command line prints the sentence and exits with 2."""
+
+    reason = "STARTUP"
+
+
+class UnsupportedModel(StartupError):
+    """A base model that cannot be driven flat, or cannot be quantized. Names the model and the reason."""
+
+    reason = "UNSUPPORTED_MODEL"
