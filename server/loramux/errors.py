@@ -7,11 +7,13 @@
     ├── AdapterNotFound       NOT_FOUND            no adapter of that name (ResourceInfo detail)
     ├── AdapterExists         ALREADY_EXISTS       the name holds other content and `replace` was not given
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
+    ├── WrongScope            PERMISSION_DENIED    a token that is good for the other port only
     ├── Unauthenticated       UNAUTHENTICATED      no token, or a wrong one
     ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full, a client that never reads (RetryInfo detail)
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    the request's deadline passed; its work has stopped
     ├── Cancelled             CANCELLED            the client or an operator cancelled the request
     ├── Draining              UNAVAILABLE          the server or the adapter is shutting down (RetryInfo detail)
+    ├── Unreachable           UNAVAILABLE          (raised by clients) no server answers at the address
     ├── Unimplemented         UNIMPLEMENTED        part of the contract that this build does not serve yet
     ├── EngineFault           INTERNAL             a defect; the text tells clients nothing of the internals
     └── StartupError          (never on the wire)  the server cannot start: model, device, files, ports
@@ -118,6 +120,13 @@ class PathNotAllowed(LoramuxError):
     reason = "PATH_NOT_ALLOWED"
 
 
+class WrongScope(LoramuxError):
+    """A valid token on the wrong port: the public one on the admin port, or the other way round."""
+
+    status = "PERMISSION_DENIED"
+    reason = "WRONG_SCOPE"
+
+
 class Unauthenticated(LoramuxError):
     """No bearer token, or a wrong one."""
 
@@ -172,6 +181,13 @@ class Draining(LoramuxError):
     ) -> None:
         super().__init__(message, metadata=metadata)
         self.retry_after = retry_after
+
+
+class Unreachable(LoramuxError):
+    """No server answers at the address, or the connection broke. Made by the client, never sent by a server."""
+
+    status = "UNAVAILABLE"
+    reason = "UNREACHABLE"
 
 
 class Unimplemented(LoramuxError):

@@ -1,0 +1,145 @@
+"""One admitted request while the engine has it: its n sequences and what they share. Imports no torch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from loramux.engine.detokenizer import Detokenizer
+from loramux.engine.kv_cache import cache_root
+from loramux.engine.request import (
+    AdapterUse,
+    Event,
+    Request,
+    Timings,
+    Usage,
+)
+from loramux.engine.sequence import Sequence, Status
+from loramux.engine.stop_strings import StopScanner
+from loramux.errors import DeadlineExceeded, LoramuxError
+
+Sink = Callable[[Event], None]
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Times are in the engine's clock (seconds).
+
+    `uses` are the request's adapters in canonical order (by uid, then weight): requests for the same mix share the
+    prefix cache and add up their branches in the same order, so that they get the same bits.
+    """
+
+    request: Request
+    sink: Sink
+    seed: int
+    rank: tuple[float, int]
+    uses: tuple[AdapterUse, ...]
+    uses_key: tuple[tuple[str, float], ...]
+    root: bytes
+    ending_ids: frozenset[int]
+    arrival: float
+    sequences: list[Sequence] = field(default_factory=list)
+    unfinished: int = 0
+    prompt_computed: bool = False
+    cached_tokens: int = 0
+    loading_since: float | None = None
+    load_seconds: float = 0.0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float = 0.0
+
+    @property
+    def loading(self) -> bool:
+        """Some adapter is not where the model computes yet."""
+        return any(use.handle.weights is None for use in self.uses)
+
+    @property
+    def running(self) -> bool:
+        """Some sequence holds a place in the batch."""
+        return any(seq.status is Status.RUNNING for seq in self.sequences)
+
+    def observe(self, now: float) -> LoramuxError | None:
+        """Note how long the adapters take to load; return the error that ends the request now, if one does."""
+        if self.request.deadline is not None and now >= self.request.deadline:
+            where = "running" if self.first_scheduled is not None else "queued"
+            return DeadlineExceeded(f"the deadline passed while the request was {where}")
+        if self.first_scheduled is None:
+            for use in self.uses:
+                if use.handle.error is not None:
+                    return use.handle.error
+            self._time_the_load(now)
+        return None
+
+    def may_start(self, seq: Sequence) -> bool:
+        """All but the first sequence wait until the prompt is computed, then find it in the prefix cache."""
+        return not self.loading and (seq.index == 0 or self.prompt_computed)
+
+    def usage(self) -> Usage:
+        """Tokens so far, over all sequences."""
+        return Usage(
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=sum(seq.num_output for seq in self.sequences),
+            cached_prompt_tokens=self.cached_tokens,
+        )
+
+    def timings(self) -> Timings:
+        """Where the time went so far."""
+        started = self.first_scheduled if self.first_scheduled is not None else self.last_token
+        first = self.first_token if self.first_token is not None else started
+        return Timings(
+            queue=max(0.0, started - self.arrival - self.load_seconds),
+            adapter_load=self.load_seconds,
+            prefill=first - started,
+            decode=max(0.0, self.last_token - first),
+        )
+
+    def _time_the_load(self, now: float) -> None:
+        if self.loading:
+            if self.loading_since is None:
+                self.loading_since = min(now, self.arrival)
+            self.load_seconds = now - self.loading_since
+        elif self.loading_since is not None:
+            self.load_seconds = now - self.loading_since
+            self.loading_since = None
+
+
+def make_group(
+    request: Request,
+    sink: Sink,
+    *,
+    seed: int,
+    rank: tuple[float, int],
+    arrival: float,
+    max_context: int,
+    eos_token_ids: frozenset[int],
+    detokenizer: Detokenizer,
+) -> Group:
+    """A group with its n sequences, not scheduled yet."""
+    p = request.sampling
+    uses = tuple(sorted(request.adapters, key=lambda use: (use.handle.uid, use.weight)))
+    uses_key = tuple((use.handle.uid, use.weight) for use in uses)
+    group = Group(
+        request=request,
+        sink=sink,
+        seed=seed,
+        rank=rank,
+        uses=uses,
+        uses_key=uses_key,
+        root=cache_root(uses_key, request.cache_salt),
+        ending_ids=p.stop_token_ids if p.ignore_eos else p.stop_token_ids | eos_token_ids,
+        arrival=arrival,
+        unfinished=p.n,
+    )
+    group.sequences = [
+        Sequence(
+            group=group,
+            index=i,
+            tokens=array("q", request.prompt_ids),
+            end=min(len(request.prompt_ids) + p.max_new_tokens, max_context),
+            text=detokenizer.open(),
+            scanner=StopScanner(p.stop),
+        )
+        for i in range(p.n)
+    ]
+    return group

@@ -1,0 +1,182 @@
+"""The engine's thread and its bridge to asyncio. Knows nothing of gRPC, and of the engine only its public methods.
+
+What crosses: requests and aborts through an inbox (deque + threading.Event), events back through an outbox that goes to
+the event loop in one call_soon_threadsafe a step. Neither side ever waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+
+from tokenizers import Tokenizer
+
+from loramux.engine.door import Limits
+from loramux.engine.engine import FAULT_TEXT, Engine, Model
+from loramux.engine.request import Event, Request, RequestFailed, SequenceFinished
+from loramux.engine.settings import EngineSettings
+from loramux.engine.stats import EngineStats
+from loramux.engine.stream import Stream
+from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded
+
+log = logging.getLogger(__name__)
+
+_SMOOTHING = 0.1
+_MOST_RETRY_SECONDS = 60.0
+
+
+class AsyncEngine:
+    """Implements `client.EngineClient`. Made on any thread, then used on the event loop's, unless noted there."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        settings: EngineSettings,
+        *,
+        on_finish: Callable[[Request], None],
+    ) -> None:
+        """`on_finish(request)` gives the lease back; it runs on the event loop, see EngineClient.generate."""
+        self._settings = settings
+        self._on_finish = on_finish
+        self._engine = Engine(model, tokenizer, settings, on_finish=self._engine_has_finished)
+        self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
+        self._wake = threading.Event()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._outbox: list[tuple[Request, Event | None]] = []  # None: give the lease back
+        self._streams: dict[Request, Stream] = {}  # every request whose lease is still out
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stats = self._engine.stats()
+        self._alive = self._draining = self._stopping = False
+        self._mean_seconds = 1.0
+        self._loop: asyncio.AbstractEventLoop
+
+    @property
+    def limits(self) -> Limits:
+        """See EngineClient."""
+        return self._engine.limits
+
+    @property
+    def healthy(self) -> bool:
+        """See EngineClient."""
+        return self._alive and self._stats.healthy
+
+    async def start(self) -> None:
+        """Start the engine's thread; events go to the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._alive = True
+        self._thread.start()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """See EngineClient."""
+        try:
+            stream = self._admit(request)
+        except LoramuxError:
+            self._on_finish(request)
+            raise
+        try:
+            while True:
+                event = await stream.get()
+                if isinstance(event, RequestFailed):
+                    # One error may end many requests (a failed load): each raises it with its own traceback.
+                    raise event.error.with_traceback(None)
+                yield event
+                if isinstance(event, SequenceFinished) and event.last:
+                    return
+        finally:
+            if not stream.ended:
+                self._post_abort(request, Cancelled("the client went away"))
+
+    def abort(self, request_id: str, error: LoramuxError) -> None:
+        """See EngineClient."""
+        for request in self._streams:
+            if request.request_id == request_id:
+                self._post_abort(request, error)
+
+    def wake(self) -> None:
+        """See EngineClient."""
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        """See EngineClient."""
+        return self._stats
+
+    async def drain(self, timeout: float) -> int:  # noqa: ASYNC109 - the rest is cancelled here, not the waiting
+        """See EngineClient."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        late = list(self._streams)
+        for request in late:
+            self._post_abort(request, Cancelled("the server is shutting down"))
+        await self._idle.wait()
+        return len(late)
+
+    async def stop(self) -> None:
+        """End the thread; requests that still run are cancelled. The engine cannot be started again."""
+        self._draining = self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._alive = False
+        self._fail_all(lambda: Cancelled("the server has stopped"))
+
+    # The event loop's side.
+
+    def _admit(self, request: Request) -> Stream:
+        """Take the request in or raise: InvalidRequest, Draining, Overloaded, EngineFault."""
+        if self._draining:
+            raise Draining("the server is shutting down and takes no new requests")
+        if not self._alive:
+            raise EngineFault("the engine is not running")
+        self._engine.check(request)
+        queued = len(self._streams) - self._stats.running
+        if queued >= self._settings.max_queue:
+            raise Overloaded(
+                f"{queued} requests are waiting, and the queue takes at most {self._settings.max_queue}",
+                retry_after=self._retry_after(queued),
+                reason="QUEUE_FULL",
+                metadata={"limit": self._settings.max_queue, "given": queued},
+            )
+        stream = self._streams[request] = Stream(request)
+        self._idle.clear()
+        self._post(lambda: self._engine.submit(request, lambda event: self._outbox.append((request, event))))
+        return stream
+
+    def _retry_after(self, queued: int) -> float:
+        """Seconds until the queue has moved on, if requests take as long as the last ones did."""
+        turns = 1 + queued / self._settings.max_batch_rows
+        return min(_MOST_RETRY_SECONDS, self._mean_seconds * turns)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.append(command)
+        self._wake.set()
+
+    def _post_abort(self, request: Request, error: LoramuxError) -> None:
+        self._post(lambda: self._engine.abort(request, error))
+
+    def _deliver(self, events: list[tuple[Request, Event | None]]) -> None:
+        """What one step brought. No reader runs in between, so a lease is back before its request's last event."""
+        for request, event in events:
+            stream = self._streams.get(request)
+            if event is None:
+                self._release(request)
+                self._streams_ending = stream
+            elif stream is not None:
+                stream.put(event)
+
+    def _release(self, request: Request) -> None: ...
+
+    def _fail_all(self, error: Callable[[], LoramuxError]) -> None: ...
+
+    # The engine thread's side.
+
+    def _run(self) -> None: ...
+
+    def _engine_has_finished(self, request: Request) -> None: ...

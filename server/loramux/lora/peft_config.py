@@ -1,0 +1,258 @@
+"""Our own strict schema of PEFT's adapter_config.json (the reference is LoraConfig of PEFT 0.21).
+
+Knows which fields change what is computed, which do not, and which this server refuses. It never imports what
+a config names (`megatron_core`, `auto_mapping` and the like are text to it) and does not look at tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NoReturn, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from loramux.errors import InvalidAdapter
+from loramux.lora.patterns import PatternTable
+from loramux.lora.roots import CONFIG_FILE
+
+Rank = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+_MAX_PATTERNS = 4096
+
+# How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the
+# way.
+_SAVE_PLAIN = (
+    "it was trained on a changed base (W - s*B*A), which this server does not have; save it as plain LoRA "
+    "with "
+    "`model.save_pretrained(out, path_initial_model_for_weight_conversion=initial)`, where `initial` is the "
+    "adapter saved before training with init_lora_weights=True"
+)
+_REFUSED_INITS: Mapping[str, str] = {
+    "pissa": _SAVE_PLAIN,
+    "olora": _SAVE_PLAIN,
+    "corda": _SAVE_PLAIN,
+    "lora_ga": _SAVE_PLAIN,
+    "loftq": "it was trained on a base that LoftQ changed, which this server does not have; train with "
+    "init_lora_weights=true, or start with peft's `replace_lora_weights_loftq`, which leaves the base as it "
+    "is",
+}
+_HONOURED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
+
+# Fields that change what the adapter computes in a way this server does not serve: field → the way out.
+_REFUSED_FIELDS: Mapping[str, str] = {
+    "use_dora": "DoRA is not served yet; merge it into the base, or train with use_dora=false",
+    "use_qalora": "QA-LoRA is not served yet; train with use_qalora=false",
+    "modules_to_save": "it replaces whole modules of the base, which all adapters share; train without it",
+    "trainable_token_indices": "it changes the embedding, which all adapters share; train without it",
+    "layer_replication": "it changes the layers of the base; train on the base as it is served",
+    "target_parameters": "it targets parameters that are not linear layers; use target_modules",
+    "alora_invocation_tokens": "activated LoRA switches on within a sequence; train with it unset",
+    "velora_config": "set it to null and drop the lora_velora_embed tensors: they matter for training only",
+    "kasa_config": "KaSA changes the base; train plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its weights; train plain LoRA",
+    "arrow_config": "Arrow routes each token; load its adapters one by one, or mix them by weight",
+    "use_bdlora": "block-diagonal factors are not served; write them out as full lora_A and lora_B",
+}
+# Of those, the ones for which an empty container means "not used" to PEFT. For the others {} turns the method
+# on.
+_EMPTY_IS_UNUSED = frozenset(
+    {"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"}
+)
+_NOT_LINEAR_TARGETS = frozenset({"embed_tokens", "wte", "wpe", "embed_in", "lm_head", "embed_out"})
+
+
+class PeftConfig(BaseModel):
+    """A checked adapter_config.json. Frozen; values are of the JSON types named here, never coerced."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", arbitrary_types_allowed=True)
+
+    # Honoured: these decide the scale and the shapes.
+    peft_type: str
+    r: Rank = 8
+    lora_alpha: Finite = 8.0
+    use_rslora: bool = False
+    rank_pattern: PatternTable[int] = PatternTable()
+    alpha_pattern: PatternTable[float] = PatternTable()
+    lora_bias: bool = False
+    init_lora_weights: bool | str | None = True
+
+    # Honoured by the tensors: PEFT writes tensors only for what these select, and the tensors are what is
+    # loaded.
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and
+    # the configs of an initialization stay in the file when the adapter was converted to plain LoRA.
+    fan_in_fan_out: bool = False
+    lora_dropout: Finite = 0.0
+    ensure_weight_tying: bool = False
+    qalora_group_size: Any = None
+    loftq_config: Any = None
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    megatron_config: Any = None
+    megatron_core: Any = None
+    task_type: Any = None
+    auto_mapping: Any = None
+    peft_version: Any = None
+    base_model_name_or_path: Any = None
+    revision: Any = None
+    inference_mode: Any = None
+    runtime_config: Any = None
+
+    # Refused unless unused.
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_dora: Any = None
+    use_qalora: Any = None
+    modules_to_save: Any = None
+    trainable_token_indices: Any = None
+    layer_replication: Any = None
+    target_parameters: Any = None
+    alora_invocation_tokens: Any = None
+    velora_config: Any = None
+    kasa_config: Any = None
+    monteclora_config: Any = None
+    arrow_config: Any = None
+    use_bdlora: Any = None
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _compile(cls, value: object, info: ValidationInfo) -> PatternTable[Any]:
+        field = str(info.field_name)
+        if not isinstance(value, dict | None):
+            _refuse(field, f"is an object of patterns, not {_shown(value)}")
+        if len(value or {}) > _MAX_PATTERNS:
+            _refuse(field, f"has {len(value or {})} patterns; the limit is {_MAX_PATTERNS}")
+        for key, number in (value or {}).items():
+            _check_number(field, key, number)
+        return PatternTable.compile(field, value or {})
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives `module`, its path in the model that the adapter was trained on."""
+        return self.rank_pattern.find(module, self.r)
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """The factor of B·A·x (and of B's bias) at `module`, whose tensors have `rank`."""
+        alpha = self.alpha_pattern.find(module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def parse_config(data: bytes) -> PeftConfig:
+    """The checked config in `data`; raises InvalidAdapter that names the field and the way out."""
+    fields = _load_json(data)
+    try:
+        config = PeftConfig.model_validate(fields)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]
+        ]
+        raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
+    _check_method(config)
+    _check_init(config.init_lora_weights)
+    _check_targets(config)
+    _check_unknown(config.model_extra or {})
+    return config
+
+
+def _load_json(data: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key!r} appears twice")
+            found[key] = value
+        return found
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not a JSON number")
+
+    try:
+        fields = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(CONFIG_FILE, f"is not valid JSON: {error}", reason="INVALID_CONFIG") from None
+    if not isinstance(fields, dict):
+        raise InvalidAdapter(
+            CONFIG_FILE, f"holds a JSON {type(fields).__name__}, not an object", reason="INVALID_CONFIG"
+        )
+    return fields
+
+
+def _check_method(config: PeftConfig) -> None:
+    if config.peft_type != "LORA":
+        _refuse(
+            "peft_type",
+            f"{config.peft_type!r} is not served, only 'LORA' is; peft's `save_as_lora` writes many methods "
+            "as LoRA",
+        )
+    if config.bias != "none":
+        _refuse(
+            "bias", f"{config.bias!r} changes biases of the base, which all adapters share; train with 'none'"
+        )
+    for field, way_out in _REFUSED_FIELDS.items():
+        value = getattr(config, field)
+        unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))
+        if not unused:
+            _refuse(field, f"{_shown(value)} is not served: {way_out}")
+
+
+def _check_init(value: bool | str | None) -> None:
+    if not isinstance(value, str):
+        return
+    # PEFT compares some names with `startswith` and some in any case, so all are refused in the widest sense.
+    name = value.strip().lower().replace("-", "_")
+    for prefix, way_out in _REFUSED_INITS.items():
+        if name.startswith(prefix) or name.replace("_", "").startswith(prefix.replace("_", "")):
+            _refuse("init_lora_weights", f"{value!r}: {way_out}")
+    if name not in _HONOURED_INITS:
+        _refuse(
+            "init_lora_weights",
+            f"{value!r} is unknown to this server, so it cannot tell whether the base was changed; set it "
+            "to true "
+            "if it was not",
+        )
+
+
+def _check_targets(config: PeftConfig) -> None:
+    targets = (
+        config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
+    )
+    for target in targets:
+        if target.rpartition(".")[2] in _NOT_LINEAR_TARGETS:
+            _refuse(
+                "target_modules",
+                f"{target!r} is an embedding or the output head, which all adapters share; "
+                "train with linear layers only, e.g. target_modules='all-linear'",
+            )
+
+
+def _check_unknown(extra: Mapping[str, Any]) -> None:
+    for field, value in extra.items():
+        if not (value is None or value is False or value in ("", [], {})):
+            _refuse(
+                field,
+                f"{_shown(value)} is unknown to this server, and it may change what the adapter computes; "
+                "remove it "
+                "from adapter_config.json if it does not, or update the server",
+            )
+
+
+def _check_number(field: str, key: str, number: object) -> None:
+    shown = f"{field}[{key[:80]!r}]"
+    if field == "rank_pattern" and (type(number) is not int or number < 1):
+        _refuse(shown, f"a rank is a whole number of at least 1, not {_shown(number)}")
+    if type(number) not in (int, float) or not math.isfinite(cast(float, number)):
+        _refuse(shown, f"an alpha is a finite number, not {_shown(number)}")
+
+
+def _refuse(field: str, message: str) -> NoReturn:
+    raise InvalidAdapter(field, message, reason="UNSUPPORTED_ADAPTER")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

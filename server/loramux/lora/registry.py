@@ -1,0 +1,347 @@
+"""Which adapters there are, who uses them and what they take: the rules, without files, tensors or waiting.
+
+Owned by the event loop's thread. Every method is plain and synchronous: no lock, no I/O, no await, so each is one
+step for everybody else. The engine's thread only reads `weights` and `error` of entries that its requests leased.
+
+Life of an entry: LOADING → READY → DRAINING → UNLOADED, or LOADING → FAILED → UNLOADED.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from loramux.errors import AdapterNotFound, AdapterUnavailable, LoramuxError, Overloaded
+from loramux.lora.subscription import Subscription
+
+
+class State(enum.Enum):
+    """Where an adapter is in its life; see AdapterState in adapters.proto."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    UNLOADED = "unloaded"
+
+
+class Residency(enum.Enum):
+    """Where an adapter's weights are."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class LoadedAdapter(Protocol):
+    """What a load gives (lora.adapter.Adapter is one). `weights` maps site index → LoraWeights."""
+
+    @property
+    def weights(self) -> Mapping[int, Any]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def max_rank(self) -> int: ...
+    @property
+    def target_modules(self) -> Sequence[str]: ...
+    @property
+    def site_count(self) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class AdapterEntry:
+    """One load of one adapter. Only the registry writes to it; it is also the handle that requests hold.
+
+    `weights` is set when it becomes READY and taken away when its last request is gone. `error` is set if the load
+    fails. `leases` are the ids of the requests that use it: a set, so that taking and giving back twice is harmless.
+    `loaded_at` and `last_used_at` are seconds since the epoch; 0 is never.
+    """
+
+    name: str
+    uid: str
+    source: str
+    pinned: bool
+    digest: str = ""
+    state: State = State.LOADING
+    residency: Residency = Residency.DISK
+    leases: set[str] = field(default_factory=set)
+    nbytes: int = 0
+    max_rank: int = 0
+    target_modules: tuple[str, ...] = ()
+    site_count: int = 0
+    loaded_at: float = 0.0
+    last_used_at: float = 0.0
+    load_seconds: float = 0.0
+    error: LoramuxError | None = None
+    weights: Mapping[int, Any] | None = None
+
+
+Listener = Callable[[AdapterEntry], None]
+
+
+class AdapterRegistry:
+    """Names, uids, leases and bytes.
+
+    `device_budget` is the most bytes of adapters, loaded or reserved for a load; None is no bound.
+    """
+
+    def __init__(
+        self, *, device_budget: int | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.device_budget = device_budget
+        self._clock = clock
+        self._names: dict[str, AdapterEntry] = {}  # what a client's name means now
+        self._replacing: dict[str, AdapterEntry] = {}  # LOADING, to take over a READY name
+        self._entries: dict[str, AdapterEntry] = {}  # by uid: all that are not UNLOADED
+        self._reserved: dict[str, int] = {}  # uid → bytes set aside for a load that runs
+        self._bytes = 0  # of READY and DRAINING entries
+        self._listeners: list[Listener] = []
+
+    # What there is.
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of loaded adapters, without those that only drain or are reserved set apart."""
+        return self._bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes set aside for loads that run."""
+        return sum(self._reserved.values())
+
+    def find(self, name: str) -> AdapterEntry | None:
+        """What `name` means now: LOADING, READY or FAILED."""
+        return self._names.get(name)
+
+    def get(self, name: str) -> AdapterEntry:
+        """Like find, but raises AdapterNotFound."""
+        entry = self._names.get(name)
+        if entry is None:
+            raise AdapterNotFound(name)
+        return entry
+
+    def loading(self, name: str) -> AdapterEntry | None:
+        """The load that runs for `name`: a first one or a replacement."""
+        entry = self._replacing.get(name) or self._names.get(name)
+        return entry if entry is not None and entry.state is State.LOADING else None
+
+    def draining(self, name: str) -> list[AdapterEntry]:
+        """The entries that had this name and still serve requests."""
+        return [e for e in self._entries.values() if e.name == name and e.state is State.DRAINING]
+
+    def entries(self) -> list[AdapterEntry]:
+        """All of them, by name; of one name the older first."""
+        return sorted(self._entries.values(), key=lambda entry: entry.name)
+
+    # Requests.
+
+    def lease(self, name: str, request_id: str) -> AdapterEntry:
+        """Hold what `name` means now until `release(entry.uid, request_id)`, whatever happens to the name.
+
+        A LOADING entry may be leased: its `weights` or its `error` will be set. Raises AdapterNotFound, or
+        AdapterUnavailable with the reason if the load failed.
+        """
+        entry = self.get(name)
+        if entry.state is State.FAILED:
+            assert entry.error is not None
+            raise AdapterUnavailable(
+                f"adapter {name!r} failed to load: {entry.error.message}",
+                metadata={"adapter": name, "cause": entry.error.reason},
+            )
+        assert entry.state in (State.LOADING, State.READY), entry
+        entry.leases.add(request_id)
+        entry.last_used_at = self._clock()
+        return entry
+
+    def release(self, uid: str, request_id: str) -> None:
+        """Give a lease back. Harmless if there is none, so every way out of a request may call it."""
+        entry = self._entries.get(uid)
+        if entry is None:
+            return
+        entry.leases.discard(request_id)
+        if entry.state is State.DRAINING and not entry.leases:
+            self._drop(entry)
+
+    # Loads.
+
+    def begin(self, name: str, source: str, *, pinned: bool = False) -> AdapterEntry:
+        """A LOADING entry. A READY one of the name keeps serving until `ready`; a FAILED one is forgotten."""
+        assert self.loading(name) is None, f"{name} is being loaded already"
+        entry = AdapterEntry(name=name, uid=uuid.uuid4().hex, source=source, pinned=pinned)
+        current = self._names.get(name)
+        if current is not None and current.state is State.FAILED:
+            self._drop(current)
+            current = None
+        (self._names if current is None else self._replacing)[name] = entry
+        self._entries[entry.uid] = entry
+        self._changed(entry)
+        return entry
+
+    def reserve(self, key: str, nbytes: int, *, what: str) -> None:
+        """Set bytes aside under `key` (a uid), instead of what was set aside under it before.
+
+        Raises Overloaded (ADAPTER_BUDGET_EXCEEDED) with the figures; then what was set aside before still is.
+        """
+        assert nbytes >= 0
+        taken = self._bytes + self.reserved_bytes - self._reserved.get(key, 0)
+        if self.device_budget is not None and taken + nbytes > self.device_budget:
+            raise Overloaded(
+                f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of "
+                f"{_mib(self.device_budget)} are taken; unload an adapter or raise --adapter-memory",
+                retry_after=5.0,
+                reason="ADAPTER_BUDGET_EXCEEDED",
+                metadata={
+                    "needed_bytes": nbytes,
+                    "used_bytes": taken,
+                    "budget_bytes": self.device_budget,
+                },
+            )
+        self._reserved[key] = nbytes
+
+    def unreserve(self, key: str) -> None:
+        """Give set-aside bytes back; harmless if there are none."""
+        self._reserved.pop(key, None)
+
+    def ready(self, uid: str, loaded: LoadedAdapter, *, load_seconds: float = 0.0) -> AdapterEntry:
+        """LOADING → READY; the name now means this entry, and what it replaces drains.
+
+        The reservation becomes the adapter's exact bytes. Raises Overloaded if those do not fit; the entry is
+        LOADING still, and the caller fails it.
+        """
+        entry = self._entries[uid]
+        assert entry.state is State.LOADING, entry
+        self.reserve(uid, loaded.nbytes, what=f"adapter {entry.name!r}")
+        self.unreserve(uid)
+        self._bytes += loaded.nbytes
+        entry.nbytes = loaded.nbytes
+        entry.digest = loaded.digest
+        entry.max_rank = loaded.max_rank
+        entry.target_modules = tuple(loaded.target_modules)
+        entry.site_count = loaded.site_count
+        entry.load_seconds = load_seconds
+        entry.loaded_at = self._clock()
+        entry.residency = Residency.DEVICE
+        entry.state = State.READY
+        entry.weights = loaded.weights  # last: the engine's thread takes this as the sign that all is set
+        old = None
+        if self._replacing.get(entry.name) is entry:
+            del self._replacing[entry.name]
+            old = self._names.get(entry.name)
+        self._names[entry.name] = entry
+        self._changed(entry)
+        if old is not None:
+            self._drain(old)
+        return entry
+
+    def fail(self, uid: str, error: LoramuxError) -> AdapterEntry:
+        """LOADING → FAILED with the reason; requests that wait for it see `error`.
+
+        A first load leaves a FAILED entry under the name, without memory, until the next load or unload. A failed
+        replacement is gone at once, and what it was to replace serves on. The reservation stays until
+        `unreserve`: the worker may still hold its memory.
+        """
+        entry = self._entries[uid]
+        assert entry.state is State.LOADING, entry
+        entry.state = State.FAILED
+        entry.error = error
+        if self._replacing.get(entry.name) is entry:
+            del self._replacing[entry.name]
+            del self._entries[uid]
+        self._changed(entry)
+        return entry
+
+    def unload(self, name: str) -> AdapterEntry:
+        """Take the name away: READY → DRAINING, and UNLOADED at once if no request holds it; FAILED → UNLOADED.
+
+        Loads of the name must have ended before. Raises AdapterNotFound.
+        """
+        entry = self.get(name)
+        assert self.loading(name) is None, f"the load of {name} runs"
+        del self._names[name]
+        if entry.state is State.FAILED:
+            self._drop(entry)
+        else:
+            self._drain(entry)
+        return entry
+
+    def pin(self, name: str, pinned: bool) -> AdapterEntry:
+        """Pin or unpin what `name` means now. Raises AdapterNotFound."""
+        entry = self.get(name)
+        if entry.pinned is not pinned:
+            entry.pinned = pinned
+            self._changed(entry)
+        return entry
+
+    def _drain(self, entry: AdapterEntry) -> None:
+        assert entry.state is State.READY, entry
+        entry.state = State.DRAINING
+        self._changed(entry)
+        if not entry.leases:
+            self._drop(entry)
+
+    def _drop(self, entry: AdapterEntry) -> None:
+        assert entry.state in (State.DRAINING, State.FAILED), entry
+        assert entry.state is State.FAILED or not entry.leases, entry
+        if self._names.get(entry.name) is entry:
+            del self._names[entry.name]
+        del self._entries[entry.uid]
+        if entry.state is State.DRAINING:
+            self._bytes -= entry.nbytes
+            assert self._bytes >= 0
+        entry.weights = None  # the last reference to the memory
+        entry.residency = Residency.DISK
+        entry.state = State.UNLOADED
+        self._changed(entry)
+
+    # Those who want to know.
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener(entry)` after every change of state; it must be quick and not raise. Returns the way to stop."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
+    def subscribe(self, *, limit: int = 4096) -> Subscription[AdapterEntry]:
+        """Every entry as it is now, then changes; see Subscription."""
+        entries = self.entries()
+        subscription: Subscription[AdapterEntry] = Subscription(limit + len(entries))
+        for entry in entries:
+            subscription.put(entry.uid, entry)
+        stop = self.listen(lambda entry: subscription.put(entry.uid, entry))
+        subscription.on_close = stop
+        return subscription
+
+    def _changed(self, entry: AdapterEntry) -> None:
+        for listener in tuple(self._listeners):
+            listener(entry)
+
+    def check(self) -> None:
+        """Assert everything that always holds. For tests, and for the server when it is idle."""
+        for name, entry in self._names.items():
+            assert entry.name == name
+            assert self._entries[entry.uid] is entry
+            assert entry.state in (State.LOADING, State.READY, State.FAILED), entry
+        for name, entry in self._replacing.items():
+            assert entry.name == name
+            assert entry.state is State.LOADING, entry
+            assert self._entries[entry.uid] is entry
+            assert self._names[name].state is State.READY, "only a serving name is replaced"
+        for uid, entry in self._entries.items():
+            assert entry.uid == uid
+            named = self._names.get(entry.name) is entry or self._replacing.get(entry.name) is entry
+            assert named is (entry.state is not State.DRAINING), entry
+            assert (entry.weights is not None) is (entry.state in (State.READY, State.DRAINING)), entry
+            assert (entry.error is not None) is (entry.state is State.FAILED), entry
+            assert entry.leases or entry.state is not State.DRAINING, "drained, but not dropped"
+            assert entry.state in (State.READY, State.DRAINING) or entry.nbytes == 0, entry
+        assert self._bytes == sum(entry.nbytes for entry in self._entries.values())
+        assert self.device_budget is None or self._bytes + self.reserved_bytes <= self.device_budget
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"

@@ -1,0 +1,107 @@
+"""Where adapters may come from: folders under the allowed roots, and nothing else. Imports no torch.
+
+Knows names and paths, not what the files say. It touches the file system, so it runs in a worker.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from loramux.errors import InvalidAdapter, InvalidRequest, PathNotAllowed
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MAX_SOURCE = 4096  # PATH_MAX
+
+
+def check_name(name: str, *, field: str = "name") -> str:
+    """`name` if clients may use it for an adapter; raises InvalidRequest otherwise."""
+    if not _NAME.fullmatch(name):
+        shown = name if len(name) <= 128 else f"{name[:64]}… ({len(name)} characters)"
+        raise InvalidRequest(
+            field,
+            f"{shown!r} is not an adapter name; names have 1 to 128 characters of [A-Za-z0-9._-] "
+            "and start with a letter or digit",
+            reason="INVALID_ADAPTER_NAME",
+        )
+    return name
+
+
+class AdapterRoots:
+    """The allowed roots, resolved once. Immutable; safe in any thread."""
+
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        self.paths: tuple[Path, ...] = tuple(dict.fromkeys(Path(os.path.realpath(p)) for p in paths))
+
+    def resolve(self, source: str) -> Path:
+        """The real path of the adapter folder that `source` names.
+
+        `source` is absolute, or relative to the roots, which are searched in order. `..` and symbolic links
+        are resolved before the check, and the adapter's two files may not be links that leave the roots
+        either. (Between this check and the reading, only someone who can already write under a root could
+        swap a file.)
+
+        Raises InvalidRequest for text that is no path, PathNotAllowed for a path outside the roots (whether
+        it exists or not: the answer tells nothing about other folders), InvalidAdapter with the reason
+        ADAPTER_FILES_MISSING where there is no such folder.
+        """
+        self._check_text(source)
+        searched = [Path(source)] if os.path.isabs(source) else [root / source for root in self.paths]
+        inside = False
+        for path in searched:
+            real = Path(os.path.realpath(path))
+            if not self._allows(real):
+                continue
+            inside = True
+            if os.path.isdir(real):
+                self._check_files(real)
+                return real
+        if searched and not inside:
+            raise self._not_allowed(source)
+        raise InvalidAdapter(
+            "source", self._missing(source), reason="ADAPTER_FILES_MISSING", metadata={"source": source}
+        )
+
+    def _missing(self, source: str) -> str:
+        if not self.paths:
+            return f"there is no folder {source!r}: the server was started without --adapter-root"
+        return (
+            f"there is no folder {source!r}; searched the adapter roots {self._listed()}. "
+            f"Put a folder with {CONFIG_FILE} and {WEIGHTS_FILE} there"
+        )
+
+    def _check_text(self, source: str) -> None:
+        if not source:
+            raise InvalidRequest("source", "is empty; name a folder under the adapter roots")
+        if len(source) > _MAX_SOURCE:
+            raise InvalidRequest("source", f"has {len(source)} characters; the limit is {_MAX_SOURCE}")
+        try:
+            usable = b"\0" not in os.fsencode(source)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise InvalidRequest("source", "holds a NUL or a character that no file name can hold")
+
+    def _check_files(self, folder: Path) -> None:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not self._allows(Path(os.path.realpath(folder / name))):
+                raise self._not_allowed(str(folder / name))
+
+    def _allows(self, real: Path) -> bool:
+        return any(real.is_relative_to(root) for root in self.paths)
+
+    def _not_allowed(self, path: str) -> PathNotAllowed:
+        return PathNotAllowed(
+            f"{path!r} leads outside the adapter roots {self._listed()} once `..` and symbolic links are "
+            "resolved; "
+            "copy the folder under a root, or start the server with another --adapter-root",
+            metadata={"path": path},
+        )
+
+    def _listed(self) -> str:
+        return ", ".join(map(str, self.paths)) or "(none)"

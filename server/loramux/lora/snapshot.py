@@ -1,0 +1,169 @@
+"""An adapter folder's two files as they were at one moment. Imports no torch.
+
+Files are read into memory once and hashed on the way. They are never mapped: a mapped file that someone cuts
+off while it is read kills the process with SIGBUS. Runs in a worker; hashing and reading release the
+interpreter's lock.
+
+The digest of an adapter is "sha256:" and the hex of SHA-256 over, for each file in the order
+adapter_config.json, adapter_model.safetensors: its name in ASCII, a zero byte, its length as 8 bytes little
+endian, its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from loramux.errors import InvalidAdapter
+from loramux.lora.header import LENGTH_BYTES, TensorEntry, header_length, parse_header
+from loramux.lora.layout import aligned
+from loramux.lora.limits import ReadLimits
+from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
+
+_CHUNK = 1 << 20
+_PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FolderSnapshot:
+    """The bytes of both files, the checked header of the second, and the digest of both."""
+
+    config: bytes
+    weights: bytearray
+    entries: tuple[TensorEntry, ...]
+    digest: str
+
+
+def take_snapshot(folder: Path, limits: ReadLimits) -> FolderSnapshot:
+    """Read both files.
+
+    Raises InvalidAdapter: missing, too large, broken header, or changed while it was read.
+    """
+    digest = hashlib.sha256()
+    with _opened(folder, limits) as (config_file, weights_file):
+        config = bytes(_read(config_file, digest))
+        weights = _read(weights_file, digest)
+        size = len(weights)
+        length = header_length(bytes(weights[:LENGTH_BYTES]), size, limits)
+        entries = parse_header(bytes(weights[LENGTH_BYTES : LENGTH_BYTES + length]), size, limits)
+    return FolderSnapshot(config, weights, entries, f"sha256:{digest.hexdigest()}")
+
+
+def folder_digest(folder: Path, limits: ReadLimits) -> str:
+    """The digest alone, in constant memory.
+
+    Raises InvalidAdapter as take_snapshot does, the header excepted.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK)
+    with _opened(folder, limits) as files:
+        for file in files:
+            _start(file, digest)
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    return f"sha256:{digest.hexdigest()}"
+
+
+def measure(folder: Path, item_bytes: int, limits: ReadLimits) -> int:
+    """Bytes that the adapter will take on a device of `item_bytes` a number; reads the header alone.
+
+    Exact for every adapter that can be loaded: each of its tensors is used once and laid out as lora.layout
+    says.
+    """
+    with _opened(folder, limits) as (_, file):
+        size = os.fstat(file.fileno()).st_size
+        length = header_length(file.read(LENGTH_BYTES), size, limits)
+        entries = parse_header(file.read(length), size, limits)
+    return sum(aligned(math.prod(entry.shape) * item_bytes) for entry in entries)
+
+
+@contextmanager
+def _opened(folder: Path, limits: ReadLimits) -> Iterator[tuple[BufferedReader, BufferedReader]]:
+    """Both files, open; on leaving, a check that neither changed since."""
+    try:
+        with ExitStack() as stack:
+            config = stack.enter_context(_open(folder, CONFIG_FILE, limits.config_bytes))
+            weights = stack.enter_context(_open(folder, WEIGHTS_FILE, limits.file_bytes))
+            before = [_identity(file) for file in (config, weights)]
+            yield config, weights
+            for file, was in zip((config, weights), before, strict=True):
+                if _identity(file) != was:
+                    raise _changed(file)
+    except OSError as error:
+        raise InvalidAdapter(
+            str(folder), f"cannot be read: {error.strerror or error}", reason="ADAPTER_FILES_UNREADABLE"
+        ) from None
+
+
+def _open(folder: Path, name: str, limit: int) -> BufferedReader:
+    path = folder / name
+    try:
+        # Nonblocking, so that a pipe in the file's place cannot hold the worker; it is refused below.
+        file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except FileNotFoundError:
+        raise InvalidAdapter(name, _missing(folder, name), reason="ADAPTER_FILES_MISSING") from None
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise InvalidAdapter(name, f"{path} is not a regular file", reason="ADAPTER_FILES_UNREADABLE")
+    if status.st_size > limit:
+        file.close()
+        raise InvalidAdapter(
+            name,
+            f"has {status.st_size} bytes; the limit is {limit}",
+            reason="ADAPTER_TOO_LARGE",
+            metadata={"bytes": status.st_size, "limit": limit},
+        )
+    return file
+
+
+def _missing(folder: Path, name: str) -> str:
+    pickled = next((p for p in _PICKLED if (folder / p).exists()), None)
+    if name == WEIGHTS_FILE and pickled:
+        return (
+            f"{folder} has only {pickled}, a pickle, which can run code and is never opened. Convert it "
+            "where you "
+            f"trust it: safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), "
+            f"'{WEIGHTS_FILE}')"
+        )
+    return f"{folder} has no {name}; an adapter folder is what PEFT's save_pretrained writes"
+
+
+def _identity(file: BufferedReader) -> tuple[int, int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _start(file: BufferedReader, digest: hashlib._Hash) -> int:
+    size = os.fstat(file.fileno()).st_size
+    digest.update(os.path.basename(file.name).encode("ascii") + b"\0" + size.to_bytes(8, "little"))
+    return size
+
+
+def _read(file: BufferedReader, digest: hashlib._Hash) -> bytearray:
+    """All bytes of an open file, hashed while they are warm."""
+    data = bytearray(_start(file, digest))
+    view = memoryview(data)
+    done = 0
+    while done < len(data):
+        count = file.readinto(view[done : done + _CHUNK])
+        if not count:
+            raise _changed(file)
+        digest.update(view[done : done + count])
+        done += count
+    return data
+
+
+def _changed(file: BufferedReader) -> InvalidAdapter:
+    return InvalidAdapter(
+        os.path.basename(file.name),
+        "changed while it was read; write adapters to a new folder and rename it into place",
+        reason="ADAPTER_FILES_CHANGED",
+    )

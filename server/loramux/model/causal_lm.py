@@ -1,0 +1,193 @@
+"""The served base model: one NF4 model driven flat, with adapters by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loramux.model.inputs import ModelInputs
+from loramux.model.modules import SiteLinear
+from loramux.model.step import Step
+from loramux.ops.backend import Backend
+from loramux.ops.paged import LayerCache, PagedBatch
+from loramux.ops.segment import Segment
+from loramux.ops.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a loaded model; for tables and GetModel. Sizes are in bytes."""
+
+    name: str
+    architecture: str
+    parameters: int
+    quantized_parameters: int
+    nf4_bytes: int
+    dense_bytes: int
+    max_context: int
+    vocab_size: int
+    layers: int
+    device: str
+    dtype: str
+    backend: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average bits per quantized weight."""
+        return 8 * self.nf4_bytes / self.quantized_parameters
+
+
+class CausalLM:
+    """Runs flat batches. Owned by one thread; `forward` is not reentrant."""
+
+    def __init__(
+        self,
+        name: str,
+        skeleton: PreTrainedModel,
+        linears: Sequence[SiteLinear],
+        step: Step,
+        eos_token_ids: frozenset[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        max_context: int,
+    ) -> None:
+        self._skeleton = skeleton
+        self._step = step
+        self.sites: tuple[Site, ...] = tuple(m.site for m in linears)
+        self.device = device
+        self.dtype = dtype
+        self.eos_token_ids = eos_token_ids
+        self.block_size = 0
+        self.num_kv_blocks = 0
+        config = skeleton.config
+        nf4 = [m.part.weight for m in linears if m.part is not None]
+        dense = list(skeleton.parameters()) + [m.part.bias for m in linears if m.part and m.part.bias is not None]
+        self.facts = ModelFacts(
+            name=name,
+            architecture=type(skeleton).__name__,
+            parameters=sum(w.numel for w in nf4) + sum(p.numel() for p in dense),
+            quantized_parameters=sum(w.numel for w in nf4),
+            nf4_bytes=sum(w.nbytes for w in nf4),
+            dense_bytes=sum(p.numel() * p.element_size() for p in dense),
+            max_context=max_context,
+            vocab_size=config.vocab_size,
+            layers=config.num_hidden_layers,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            backend=step.backend.name,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.facts.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one sequence, prompt and output together."""
+        return self.facts.max_context
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes over all layers. Known once the self-test has run."""
+        return sum(
+            t.shape[2] * t.shape[3] * t.element_size()
+            for cache in self._step.caches.values()
+            for t in (cache.keys, cache.values)
+        )
+
+    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+        """Replace the cache by one of `num_blocks` blocks of `block_size` tokens."""
+        shapes = {i: (c.keys.shape[2], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()}
+        self._step.caches.clear()
+        for layer, (heads, key_dim, value_dim) in sorted(shapes.items()):
+            self._step.caches[layer] = LayerCache.allocate(
+                num_blocks, block_size, heads, key_dim, value_dim, self.dtype, self.device
+            )
+        self.num_kv_blocks, self.block_size = num_blocks, block_size
+
+    @torch.inference_mode()
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Logits [R, V] in the compute dtype for `inputs.logits_rows`; writes the rows' keys and values."""
+        with self._running(inputs):
+            output = self._skeleton(
+                input_ids=inputs.token_ids.to(self.device).unsqueeze(0),
+                position_ids=inputs.positions.to(self.device).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=inputs.logits_rows.to(self.device),
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    @contextmanager
+    def _running(self, inputs: ModelInputs) -> Iterator[None]:
+        step = self._step
+        step.segments = inputs.segments
+        step.batch = PagedBatch(
+            slots=inputs.slots.to(self.device),
+            query_starts=inputs.query_starts.to(self.device),
+            context_lens=inputs.context_lens.to(self.device),
+            block_tables=inputs.block_tables.to(self.device),
+            starts=tuple(inputs.query_starts.tolist()),
+            contexts=tuple(inputs.context_lens.tolist()),
+        )
+        try:
+            yield
+        finally:
+            # Adapters must not outlive their leases in here.
+            step.segments, step.batch = (), None
+
+    @property
+    def attention_calls(self) -> dict[int, int]:
+        """How often each layer's attention has run; the self-test reads it."""
+        return self._step.attention_calls
+
+    def backend(self) -> Backend:
+        """The operations in use."""
+        return self._step.backend
+
+
+def flat_inputs(
+    sequences: Sequence[tuple[Sequence[int], int]],
+    block_size: int,
+    segments: Sequence[Segment] = (),
+    logits: str = "all",
+) -> ModelInputs:
+    """A batch of whole sequences without an engine, for self-tests and oracles.
+
+    sequences: (all token ids so far, how many of them are cached already), each with its own run of blocks of
+    `block_size` tokens, in order. `logits`: "all" rows or only each sequence's "last".
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, contexts, tables, rows = [0], [], [], []
+    next_block = 0
+    for tokens, cached in sequences:
+        blocks = -(-len(tokens) // block_size)
+        table = list(range(next_block, next_block + blocks))
+        next_block += blocks
+        for p in range(cached, len(tokens)):
+            ids.append(tokens[p])
+            positions.append(p)
+            slots.append(table[p // block_size] * block_size + p % block_size)
+        starts.append(len(ids))
+        contexts.append(len(tokens))
+        tables.append(table)
+        rows += [len(ids) - 1] if logits == "last" else range(starts[-2], len(ids))
+    width = max(map(len, tables))
+    return ModelInputs(
+        token_ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
+        logits_rows=torch.tensor(rows),
+        segments=tuple(segments),
+    )

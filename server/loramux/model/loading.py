@@ -1,0 +1,140 @@
+"""Loading a base model, start to end: source → skeleton → sites → weights → self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from loramux.errors import StartupError, UnsupportedModel
+from loramux.model.attention import NAME as ATTENTION
+from loramux.model.causal_lm import CausalLM
+from loramux.model.selftest import prove_flat
+from loramux.model.skeleton import build_skeleton
+from loramux.model.sources import TensorSource, open_source
+from loramux.model.step import Step
+from loramux.model.surgery import connect, place_sites
+from loramux.model.tokenizer import Tokenizer
+from loramux.model.weights import WeightReader, fill, parameters
+from loramux.ops.backend import Backend
+from loramux.ops.paged import LayerCache
+from loramux.ops.select import select_backend
+
+Progress = Callable[[int, int], None]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to serve, and its tokenizer if the source has one."""
+
+    model: CausalLM
+    tokenizer: Tokenizer | None
+
+
+def load_model(
+    source: str | TensorSource,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_context: int | None = None,
+    backend: Backend | None = None,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4.
+
+    device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
+    adapters are computed in. max_context lowers the model's own limit. progress(done, total) is called after each
+    tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
+    """
+    place = pick_device(device)
+    compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
+    opened = open_source(source, revision=revision) if isinstance(source, str) else source
+    skeleton = build_skeleton(opened.config, compute, ATTENTION)
+    linears = place_sites(skeleton)
+    total = len(linears) + len(parameters(skeleton))
+    reader = WeightReader(opened, skeleton.base_model_prefix)
+    for done, _ in enumerate(fill(skeleton, linears, reader, compute, place), 1):
+        if progress is not None:
+            progress(done, total)
+
+    def make_cache(heads: int, key_dim: int, value_dim: int) -> LayerCache:
+        # Only until the KV cache proper is allocated: room for the self-test's first pass.
+        return LayerCache.allocate(8, 4, heads, key_dim, value_dim, compute, place)
+
+    step = Step(backend or select_backend(place), make_cache)
+    connect(skeleton, linears, step)
+    model = CausalLM(
+        opened.name,
+        skeleton,
+        linears,
+        step,
+        _eos_token_ids(opened),
+        place,
+        compute,
+        _context(opened, max_context),
+    )
+    prove_flat(model)
+    return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer))
+
+
+def dequantized_model(
+    source: str | TensorSource = "smollm2", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """An ordinary transformers model on the CPU with the same NF4 weights dequantized: the oracle for tests, and the
+    frozen base to train adapters on."""
+    opened = open_source(source) if isinstance(source, str) else source
+    dense = build_skeleton(opened.config, dtype, attention)
+    # Sites are placed in a second skeleton only to learn which layers are quantized and how.
+    linears = place_sites(build_skeleton(opened.config, dtype, "eager"))
+    reader = WeightReader(opened, dense.base_model_prefix)
+    state: dict[str, torch.Tensor] = {}
+    for linear in linears:
+        site = linear.site
+        weight = reader.nf4(
+            f"{site.name}.weight", (site.out_features, site.in_features), torch.device("cpu"), site.transposed
+        ).dequantize(dtype)
+        state[f"{site.name}.weight"] = weight.T.contiguous() if site.transposed else weight
+    for names, _ in parameters(dense):
+        if names[0] not in state:
+            key = next((n for n in names if reader.find(n) is not None), names[0])
+            state[names[0]] = reader.dense(key).to(dtype).clone()
+    dense.load_state_dict(state, strict=False, assign=True)
+    dense.tie_weights()
+    if opened.generation_config is not None:
+        dense.generation_config = opened.generation_config
+    return dense.requires_grad_(False)
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" prefers a GPU. Raises StartupError if the asked-for device is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+    return torch.device(device)
+
+
+def _eos_token_ids(source: TensorSource) -> frozenset[int]:
+    found: set[int] = set()
+    for holder in (source.generation_config, source.config):
+        value = getattr(holder, "eos_token_id", None)
+        found |= set(value) if isinstance(value, list) else {value}
+    found.add(getattr(source.tokenizer, "eos_token_id", None))
+    return frozenset(i for i in found if i is not None)
+
+
+def _context(source: TensorSource, wanted: int | None) -> int:
+    own = getattr(source.config, "max_position_embeddings", None)
+    if own is None:
+        if wanted is None:
+            raise UnsupportedModel(f"{source.name}: its config names no context length; give --max-context")
+        return wanted
+    if wanted is not None and wanted > own:
+        raise StartupError(f"--max-context {wanted} is more than the {own} tokens that {source.name} was made for")
+    return wanted or int(own)
+
+

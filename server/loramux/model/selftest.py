@@ -1,0 +1,65 @@
+"""Proves at load that a model may be driven flat; a model that fails is refused by name.
+
+Modeling code that ignores the attention interface only warns, and code that keeps state across a batch says nothing
+at all: so the model is run, and its answers are compared.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loramux.errors import UnsupportedModel
+from loramux.model.attention import FlatAttentionError
+from loramux.model.causal_lm import CausalLM, flat_inputs
+
+_BLOCK = 4
+
+
+def prove_flat(model: CausalLM) -> None:
+    """Run two short sequences apart, together, and the second in two chunks; all must give the same logits.
+
+    Leaves the layers' KV shapes known (`kv_bytes_per_token`). Raises UnsupportedModel with the reason.
+    """
+    name = f"{model.facts.name} ({model.facts.architecture})"
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n in (5, 9)
+    )
+    try:
+        # The first pass shows each layer's shape; caches are made as they are met.
+        model.attention_calls.clear()
+        alone_first = model.forward(flat_inputs([(first, 0)], _BLOCK))
+        calls = dict(model.attention_calls)
+        layers = set(range(model.facts.layers))
+        if set(calls) != layers or set(calls.values()) != {1}:
+            raise UnsupportedModel(
+                f"{name}: attention went through transformers' AttentionInterface in {len(calls)} of "
+                f"{len(layers)} layers; its modeling code does its own attention, which cannot be paged"
+            )
+        model.allocate_kv(8, _BLOCK)
+        alone_second = model.forward(flat_inputs([(second, 0)], _BLOCK))
+        together = model.forward(flat_inputs([(first, 0), (second, 0)], _BLOCK))
+        _same(name, "two sequences in one flat pass", together, torch.cat((alone_first, alone_second)))
+        model.forward(flat_inputs([(first, 0), (second[:4], 0)], _BLOCK))
+        rest = model.forward(flat_inputs([(first, 4), (second, 4)], _BLOCK))
+        expected = torch.cat((alone_first[4:], alone_second[4:]))
+        _same(name, "a sequence in two chunks", rest, expected)
+    except FlatAttentionError as error:
+        raise UnsupportedModel(f"{name}: {error}; it cannot be driven flat") from error
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{name}: its modeling code fails when driven flat: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _same(name: str, what: str, got: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-4 if got.dtype == torch.float32 else 4e-2
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    if not error <= tolerance:
+        raise UnsupportedModel(
+            f"{name}: {what} gave other logits than separate passes (relative difference {error:.2g}); "
+            "its modeling code ignores positions or mixes sequences"
+        )

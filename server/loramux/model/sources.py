@@ -1,0 +1,197 @@
+"""Where a base model comes from: a Hugging Face folder or hub id, a GGUF file, or an embedded default.
+
+safetensors only: pickled checkpoints are refused, since reading one runs code of its author's choosing.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from loramux.errors import StartupError
+from loramux.model.embedded import EMBEDDED, ensure_embedded
+
+
+class TensorSource(ABC):
+    """A checkpoint whose tensors are read one by one."""
+
+    name: str
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    tokenizer: object | None
+
+    @abstractmethod
+    def keys(self) -> Iterable[str]:
+        """All tensor names."""
+
+    @abstractmethod
+    def get(self, key: str) -> Tensor:
+        """One tensor on the CPU, as stored."""
+
+    def companions(self, key: str) -> list[str]:
+        """Names of the tensors that describe the quantized tensor `key`."""
+        return [k for k in self.keys() if k.startswith(key + ".")]
+
+
+class FolderSource(TensorSource):
+    """config.json and *.safetensors in a folder, dense or NF4 as bitsandbytes writes it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        if not (folder / "config.json").is_file():
+            raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
+        try:
+            self.config = AutoConfig.from_pretrained(folder)
+        except (ValueError, KeyError, OSError) as error:
+            raise StartupError(f"{name}: transformers cannot read config.json: {error}") from error
+        quantization = getattr(self.config, "quantization_config", None) or {}
+        if quantization and not (
+            quantization.get("quant_method", "bitsandbytes") == "bitsandbytes"
+            and quantization.get("load_in_4bit")
+            and quantization.get("bnb_4bit_quant_type") == "nf4"
+        ):
+            raise StartupError(
+                f"{name}: the checkpoint is quantized with {quantization.get('quant_method', '?')}; "
+                "loramux reads dense checkpoints and bitsandbytes NF4"
+            )
+        self.generation_config = _generation_config(folder)
+        self.tokenizer = _tokenizer(folder, None)
+        self._files = self._index(folder)
+        self._companions: dict[str, list[str]] = {}
+        for key in self._files:
+            parent, found, _ = key.partition(".weight.")
+            if found:
+                self._companions.setdefault(parent + ".weight", []).append(key)
+
+    def _index(self, folder: Path) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name.startswith("adapter_"):
+                continue
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    files.update(dict.fromkeys(opened.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise StartupError(f"{self.name}: {path.name} is not a readable safetensors file: {error}") from error
+        if not files:
+            pickled = [p.name for p in folder.glob("*.bin")]
+            hint = (
+                f"; {pickled[0]} is a pickle, which loramux never opens: convert it to safetensors with transformers "
+                "(from_pretrained, then save_pretrained)"
+                if pickled
+                else ""
+            )
+            raise StartupError(f"{self.name}: no .safetensors file in {folder}{hint}")
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            listed = set(json.loads(index.read_text())["weight_map"])
+            if missing := sorted(listed - set(files)):
+                raise StartupError(f"{self.name}: {len(missing)} tensors of the index are missing, e.g. {missing[0]}")
+        return files
+
+    def keys(self) -> Iterable[str]:
+        return self._files.keys()
+
+    def get(self, key: str) -> Tensor:
+        # Opened for each tensor: the mapping, and with it the pages read, goes when the tensor does.
+        with safe_open(self._files[key], framework="pt") as opened:
+            return opened.get_tensor(key)
+
+    def companions(self, key: str) -> list[str]:
+        return self._companions.get(key, [])
+
+
+class GgufSource(TensorSource):
+    """A GGUF file, dequantized by transformers. The whole dense model passes through memory once."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        try:
+            from transformers import GgufConfig
+        except ImportError:  # before 5.20 the file name alone asked for dequantization
+            options = {}
+        else:
+            options = {"quantization_config": GgufConfig(dequantize=True)}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, **options
+            )
+        except (ValueError, KeyError, OSError, ImportError, NotImplementedError) as error:
+            raise StartupError(f"{name}: transformers cannot read this GGUF file: {error}") from error
+        self.config = model.config
+        self.generation_config = model.generation_config
+        self.tokenizer = _tokenizer(path.parent, path.name)
+        self._tensors = dict(model.state_dict())
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+def open_source(model: str, *, revision: str | None = None) -> TensorSource:
+    """Open what `--model` names. Raises StartupError with the way out if it cannot be found or read."""
+    transformers_logging.disable_progress_bar()
+    if model in EMBEDDED:
+        return FolderSource(ensure_embedded(model, convert_gguf), model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return FolderSource(path, model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise StartupError(f"{model}: a model is a Hugging Face folder or id, a .gguf file, or one of {_names()}")
+        return GgufSource(path, model)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return FolderSource(_download(model, revision), model)
+    raise StartupError(f"{model}: no such folder or file, and no embedded model of that name ({_names()})")
+
+
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Write a GGUF file as an NF4 checkpoint folder."""
+    from loramux.model.checkpoint import write_checkpoint
+
+    for _ in write_checkpoint(GgufSource(gguf, gguf.name), out):
+        pass
+
+
+def _names() -> str:
+    return ", ".join(sorted(EMBEDDED))
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StartupError(
+            f"{model}: could not be fetched from the hub ({type(error).__name__}); "
+            f"give a local folder, or one of the embedded models: {_names()}"
+        ) from error
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)
+
+
+def _tokenizer(folder: Path, gguf: str | None) -> object | None:
+    options = {} if gguf is None else {"gguf_file": gguf}
+    if gguf is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise StartupError(f"{folder}: transformers cannot read the tokenizer: {error}") from error

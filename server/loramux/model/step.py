@@ -1,0 +1,27 @@
+"""What the modules inside the model look at during one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from loramux.ops.backend import Backend
+from loramux.ops.paged import LayerCache, PagedBatch
+from loramux.ops.segment import Segment
+
+
+class Step:
+    """One object a model, shared by its sites and attention layers. `Model.forward` sets it and clears it.
+
+    The skeleton's own forward methods know nothing of segments or pages, so these travel beside their arguments.
+    Owned by the thread that runs the model.
+    """
+
+    __slots__ = ("attention_calls", "backend", "batch", "caches", "make_cache", "segments")
+
+    def __init__(self, backend: Backend, make_cache: Callable[[int, int, int], LayerCache]) -> None:
+        self.backend = backend
+        self.segments: tuple[Segment, ...] = ()
+        self.batch: PagedBatch | None = None
+        self.caches: dict[int, LayerCache] = {}
+        self.make_cache = make_cache
+        self.attention_calls: dict[int, int] = {}

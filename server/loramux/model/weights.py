@@ -1,0 +1,111 @@
+"""Reading a base model's weights one at a time: quantized where a site wants it, dense elsewhere.
+
+A tensor is read, quantized and dropped before the next one, so the peak is the NF4 model plus the largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramux.errors import UnsupportedModel
+from loramux.model.modules import SiteLinear
+from loramux.model.sources import TensorSource
+from loramux.ops.backend import LinearPart
+from loramux.ops.nf4 import NF4Weight
+
+
+class WeightReader:
+    """Finds and reads weights of `source` by the names they have in the skeleton.
+
+    Checkpoints of a base model without head lack the skeleton's prefix ("model.", "transformer."); both are found.
+    """
+
+    def __init__(self, source: TensorSource, prefix: str) -> None:
+        self._source = source
+        self._prefix = f"{prefix}."
+        self._keys = frozenset(source.keys())
+
+    def find(self, name: str) -> str | None:
+        """The checkpoint's key for a skeleton's name, or None."""
+        for key in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if key in self._keys:
+                return key
+        return None
+
+    def _key(self, name: str) -> str:
+        key = self.find(name)
+        if key is None:
+            raise UnsupportedModel(f"{self._source.name}: the checkpoint has no tensor {name!r}")
+        return key
+
+    def dense(self, name: str) -> Tensor:
+        """The tensor as stored. Raises UnsupportedModel if it is missing."""
+        return self._source.get(self._key(name))
+
+    def nf4(self, name: str, shape: tuple[int, int], device: torch.device, transposed: bool) -> NF4Weight:
+        """The [N, K] weight in NF4 on `device`; quantized now unless the checkpoint holds it so already.
+
+        Raises UnsupportedModel if it is missing, has another shape or cannot be quantized.
+        """
+        key = self._key(name)
+        stored = self._source.get(key)
+        try:
+            if stored.dtype == torch.uint8:
+                entries = {
+                    k.removeprefix(key + "."): self._source.get(k)
+                    for k in self._source.companions(key)
+                }
+                weight = NF4Weight.from_checkpoint(stored, entries).to(device)
+            else:
+                dense = stored.to(device)
+                weight = NF4Weight.quantize(dense.T if transposed else dense)
+        except ValueError as error:
+            raise UnsupportedModel(f"{self._source.name}: {name}: {error}") from error
+        if weight.shape != shape:
+            raise UnsupportedModel(f"{self._source.name}: {name} has shape {weight.shape}, not {shape}")
+        return weight
+
+
+def fill(
+    model: PreTrainedModel, linears: Collection[SiteLinear], reader: WeightReader, dtype: torch.dtype, device: torch.device
+) -> Iterator[str]:
+    """Load every weight of the skeleton, yielding the name of each as it is done (for progress bars)."""
+    for linear in linears:
+        site = linear.site
+        weight = reader.nf4(
+            f"{site.name}.weight", (site.out_features, site.in_features), device, site.transposed
+        )
+        bias = reader.dense(f"{site.name}.bias").to(device, dtype) if linear.has_bias else None
+        linear.part = LinearPart(weight, bias)
+        yield site.name
+    for names, parameter in parameters(model):
+        key = next((n for n in names if reader.find(n) is not None), names[0])
+        value = reader.dense(key)
+        if value.shape != parameter.shape:
+            raise UnsupportedModel(f"{key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+        value = value.to(device, dtype)
+        filled = nn.Parameter(value.clone() if value.is_cpu else value, requires_grad=False)
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._parameters[leaf] = filled
+        yield key
+    persistent = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name in persistent and reader.find(name) is not None:
+            buffer.copy_(reader.dense(name))
+    for module in model.modules():
+        for name, held in module._buffers.items():
+            if held is not None:
+                module._buffers[name] = held.to(device)
+
+
+def parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """The skeleton's parameters, each with all its names: tied ones (embedding and head) appear once."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())

@@ -1,0 +1,65 @@
+"""Paged keys and values: the cache of one layer, and the part of a batch that attention looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCache:
+    """Keys and values of one layer: [num_blocks, block_size, kv_heads, head_dim] each, in the compute dtype."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        """Zeroed, so that a row that was never written reads as finite numbers."""
+        shape = (num_blocks, block_size, kv_heads)
+        return cls(
+            torch.zeros(*shape, key_dim, dtype=dtype, device=device),
+            torch.zeros(*shape, value_dim, dtype=dtype, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedBatch:
+    """Where the T rows of a flat batch stand in S sequences. See `model.inputs.ModelInputs` for the tensors.
+
+    `starts` and `contexts` repeat query_starts and context_lens as Python integers for code that loops.
+    """
+
+    slots: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    starts: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionShape:
+    """What a layer's attention computes besides softmax(q·kᵀ·scaling)·v.
+
+    scaling         multiplies q·kᵀ
+    sliding_window  a query at position p sees keys p-window+1 … p; None: all
+    softcap         scores become cap·tanh(score/cap) (Gemma 2); None: unchanged
+    sinks           [heads] extra logits in the softmax's denominator (gpt-oss); None: none
+    """
+
+    scaling: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None

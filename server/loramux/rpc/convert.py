@@ -1,0 +1,197 @@
+"""Proto messages to the engine's records and back: pure functions.
+
+Checks the shape of a request (which fields go together, roles, finite weights); values against limits are
+checked by the engine's door. Knows nothing of what names and ids mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from loramux.engine.request import (
+    AdapterUse,
+    Delta,
+    FinishReason,
+    SamplingParams,
+    SequenceFinished,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from loramux.errors import InvalidRequest
+from loramux.v1 import generation_pb2 as pb
+
+ROLES = ("system", "user", "assistant")
+
+_FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+_SCALARS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "n",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "ignore_eos",
+    "logprobs",
+    "top_logprobs",
+)
+
+
+def sampling(message: pb.SamplingParams) -> SamplingParams:
+    """The knobs that are present; the others keep their defaults. `top_logprobs` implies `logprobs`."""
+    given: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    if given.get("top_logprobs", 0) > 0:
+        given["logprobs"] = True
+    return SamplingParams(
+        **given,
+        logit_bias=dict(message.logit_bias),
+        stop=tuple(message.stop),
+        stop_token_ids=frozenset(message.stop_token_ids),
+    )
+
+
+def adapter_names(message: pb.GenerateRequest) -> list[tuple[str, float]]:
+    """(name, weight) of every adapter asked for; empty for the base. Raises InvalidRequest."""
+    if not message.mix:
+        return [(message.adapter, 1.0)] if message.adapter else []
+    if message.adapter:
+        raise InvalidRequest("mix", "give `adapter` or `mix`, not both")
+    seen: set[str] = set()
+    for i, part in enumerate(message.mix):
+        if not part.adapter:
+            raise InvalidRequest(
+                f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry"
+            )
+        if part.adapter in seen:
+            raise InvalidRequest(f"mix[{i}].adapter", f"{part.adapter!r} is there twice; add its weights up")
+        if not math.isfinite(part.weight):
+            raise InvalidRequest(f"mix[{i}].weight", f"must be finite, got {part.weight}")
+        seen.add(part.adapter)
+    return [(part.adapter, part.weight) for part in message.mix]
+
+
+def input_field(message: pb.GenerateRequest | pb.CountTokensRequest) -> str:
+    """Which input is given: "prompt", "token_ids" or "chat". Raises InvalidRequest for none or an empty one."""
+    kind: str | None = message.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequest(
+            "input", "is missing; give one of prompt, token_ids and chat", reason="EMPTY_PROMPT"
+        )
+    if kind == "prompt" and not message.prompt:
+        raise InvalidRequest("prompt", "is empty; give at least one character", reason="EMPTY_PROMPT")
+    if kind == "token_ids" and not message.token_ids.ids:
+        raise InvalidRequest("token_ids", "is empty; give at least one id", reason="EMPTY_PROMPT")
+    return kind
+
+
+def chat(message: pb.Chat) -> list[dict[str, str]]:
+    """The turns as chat templates take them. Raises InvalidRequest."""
+    if not message.messages:
+        raise InvalidRequest("chat.messages", "is empty; give at least one turn", reason="EMPTY_PROMPT")
+    for i, turn in enumerate(message.messages):
+        if turn.role not in ROLES:
+            raise InvalidRequest(
+                f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {turn.role!r}"
+            )
+    return [{"role": turn.role, "content": turn.content} for turn in message.messages]
+
+
+def resolved(adapters: Iterable[AdapterUse]) -> list[pb.ResolvedAdapter]:
+    """What the names resolved to."""
+    return [
+        pb.ResolvedAdapter(name=a.handle.name, uid=a.handle.uid, digest=a.handle.digest, weight=a.weight)
+        for a in adapters
+    ]
+
+
+def token_logprobs(items: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]:
+    """One message a token, with its alternatives."""
+    return [
+        pb.TokenLogprob(
+            token_id=item.token_id, text=item.text, logprob=item.logprob, top=token_logprobs(item.top)
+        )
+        for item in items
+    ]
+
+
+def usage(record: Usage) -> pb.Usage:
+    """Token counts."""
+    return pb.Usage(
+        prompt_tokens=record.prompt_tokens,
+        completion_tokens=record.completion_tokens,
+        cached_prompt_tokens=record.cached_prompt_tokens,
+    )
+
+
+def timings(record: Timings) -> pb.Timings:
+    """Seconds."""
+    return pb.Timings(
+        queue=record.queue, adapter_load=record.adapter_load, prefill=record.prefill, decode=record.decode
+    )
+
+
+def stream_event(event: Delta | SequenceFinished) -> pb.GenerateStreamResponse:
+    """One message of a stream."""
+    if isinstance(event, Delta):
+        return pb.GenerateStreamResponse(
+            delta=pb.StreamDelta(
+                index=event.index,
+                text=event.text,
+                token_ids=event.token_ids,
+                logprobs=token_logprobs(event.logprobs),
+            )
+        )
+    return pb.GenerateStreamResponse(
+        finished=pb.StreamFinished(
+            index=event.index,
+            finish_reason=_FINISH[event.reason],
+            stop=event.stop,
+            usage=usage(event.usage),
+            timings=timings(event.timings),
+        )
+    )
+
+
+class Answer:
+    """Adds the events of one request up to the unary answer."""
+
+    def __init__(self, n: int) -> None:
+        self._parts = [Delta(index=index) for index in range(n)]
+        self._ends: dict[int, SequenceFinished] = {}
+        self._last = SequenceFinished(index=0, reason=FinishReason.STOP)
+
+    def add(self, event: Delta | SequenceFinished) -> None:
+        """Take the next event."""
+        if isinstance(event, Delta):
+            self._parts[event.index].merge(event)
+            return
+        self._ends[event.index] = event
+        self._last = event
+
+    def message(self, request_id: str, adapters: Iterable[AdapterUse]) -> pb.GenerateResponse:
+        """The answer, after the last event."""
+        completions = [
+            pb.Completion(
+                index=part.index,
+                text=part.text,
+                token_ids=part.token_ids,
+                logprobs=token_logprobs(part.logprobs),
+                finish_reason=_FINISH[self._ends[part.index].reason],
+                stop=self._ends[part.index].stop,
+            )
+            for part in self._parts
+        ]
+        return pb.GenerateResponse(
+            request_id=request_id,
+            adapters=resolved(adapters),
+            completions=completions,
+            usage=usage(self._last.usage),
+            timings=timings(self._last.timings),
+        )

@@ -1,0 +1,146 @@
+"""One request on its way through the face: leased, tokenized, checked, handed to the engine, let go.
+
+`Admission.admit` is the only road of requests, for every face. It holds the leases until the engine has taken the
+request over; from then on the engine's `on_finish` releases them. So each lease is let go exactly by who holds it,
+whichever way a request ends. Runs on the event loop's thread. Knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+from loramux.engine.client import EngineClient
+from loramux.engine.door import check_request
+from loramux.engine.request import AdapterUse, Delta, Event, Request, RequestFailed, SequenceFinished
+from loramux.errors import EngineFault
+from loramux.metrics import Metrics
+from loramux.rpc import convert
+from loramux.rpc.ports import Leases
+from loramux.rpc.tokenizing import Tokenizing
+from loramux.v1 import generation_pb2 as pb
+
+
+class Flight:
+    """A checked request whose adapters are leased. `request_id` is the caller's; the engine knows another one."""
+
+    def __init__(self, request: Request, request_id: str, engine: EngineClient, metrics: Metrics) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.handed_over = False
+        self._watch = metrics.watch(request)
+        self._events: AsyncGenerator[Event, None] = engine.generate(request)
+        self._first: asyncio.Task[Event | None] | None = None
+        self._first_seen = False
+        self._landed = False
+
+    async def start(self) -> None:
+        """Hand the request to the engine. Raises what it refuses the request with: Draining, Overloaded, …"""
+        self._first = asyncio.create_task(self._take_off())
+        await asyncio.sleep(0)  # the engine accepts or refuses within its first turn
+        if self._first.done() and not self._first.cancelled() and (error := self._first.exception()) is not None:
+            raise error
+
+    async def _take_off(self) -> Event | None:
+        # No await in between: the engine owns the leases from the generator's first step on.
+        self.handed_over = True
+        return await anext(self._events, None)
+
+    def __aiter__(self) -> Flight:
+        return self
+
+    async def __anext__(self) -> Delta | SequenceFinished:
+        """What the engine delivers, after `start`. Ends after the last SequenceFinished, or raises."""
+        assert self._first is not None
+        if self._landed:
+            raise StopAsyncIteration
+        if self._first_seen:
+            event = await anext(self._events, None)
+        else:
+            event = await self._first
+            self._first_seen = True
+        if event is None:
+            raise EngineFault("the engine ended this request without finishing it")
+        if isinstance(event, RequestFailed):
+            raise event.error
+        self._landed = isinstance(event, SequenceFinished) and event.last
+        self._watch.see(event)
+        return event
+
+    async def close(self) -> None:
+        """Stop the engine's work on this request, if any is left."""
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+            await asyncio.wait([self._first])
+        if self._first is not None and not self._first.cancelled():
+            self._first.exception()  # looked at, so that asyncio does not report it a second time
+        await self._events.aclose()
+
+
+class Admission:
+    """Where requests become flights."""
+
+    def __init__(self, engine: EngineClient, leases: Leases, tokenizing: Tokenizing, metrics: Metrics) -> None:
+        self._engine = engine
+        self._leases = leases
+        self._tokenizing = tokenizing
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def admit(self, message: pb.GenerateRequest, seconds_left: float | None) -> AsyncIterator[Flight]:
+        """A flight for this message, closed on the way out. `seconds_left` to its deadline, None without.
+
+        Raises AdapterNotFound before anything else is done, then InvalidRequest or Overloaded.
+        """
+        arrival = time.monotonic()
+        ticket = uuid.uuid4().hex  # callers may reuse their ids while a request of theirs is live
+        adapters: list[AdapterUse] = []
+        flight: Flight | None = None
+        try:
+            for name, weight in convert.adapter_names(message):
+                adapters.append(AdapterUse(self._leases.lease(name, ticket), weight))
+            request = await self._request(message, ticket, tuple(adapters), arrival, seconds_left)
+            flight = Flight(request, message.request_id or ticket, self._engine, self._metrics)
+            try:
+                yield flight
+            finally:
+                await flight.close()
+        finally:
+            if flight is None or not flight.handed_over:
+                for use in adapters:
+                    self._leases.release(use.handle.uid, ticket)
+
+    async def _request(
+        self,
+        message: pb.GenerateRequest,
+        ticket: str,
+        adapters: tuple[AdapterUse, ...],
+        arrival: float,
+        seconds_left: float | None,
+    ) -> Request:
+        sampling = convert.sampling(message.sampling)
+        ids = tuple(await self._tokenizing.ids(message))
+        priority = message.priority
+        check_request(
+            sampling,
+            ids,
+            self._engine.limits,
+            request_id=message.request_id,
+            cache_salt=message.cache_salt,
+            priority=priority,
+            mix=len(adapters),
+            prompt_field=convert.input_field(message),
+        )
+        return Request(
+            request_id=ticket,
+            prompt_ids=ids,
+            sampling=sampling,
+            adapters=adapters,
+            cache_salt=message.cache_salt,
+            priority=priority,
+            arrival=arrival,
+            deadline=None if seconds_left is None else arrival + seconds_left,
+        )
