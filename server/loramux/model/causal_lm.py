@@ -66,7 +66,9 @@ class CausalLM:
         self.num_kv_blocks = 0
         config = skeleton.config
         nf4 = [m.part.weight for m in linears if m.part is not None]
-        dense = list(skeleton.parameters()) + [m.part.bias for m in linears if m.part and m.part.bias is not None]
+        dense = list(skeleton.parameters()) + [
+            m.part.bias for m in linears if m.part and m.part.bias is not None
+        ]
         self.facts = ModelFacts(
             name=name,
             architecture=type(skeleton).__name__,
@@ -103,7 +105,9 @@ class CausalLM:
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> None:
         """Replace the cache by one of `num_blocks` blocks of `block_size` tokens."""
-        shapes = {i: (c.keys.shape[2], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()}
+        shapes = {
+            i: (c.keys.shape[2], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()
+        }
         self._step.caches.clear()
         for layer, (heads, key_dim, value_dim) in sorted(shapes.items()):
             self._step.caches[layer] = LayerCache.allocate(
@@ -147,6 +151,7 @@ class CausalLM:
         """How often each layer's attention has run; the self-test reads it."""
         return self._step.attention_calls
 
+    @property
     def backend(self) -> Backend:
         """The operations in use."""
         return self._step.backend
@@ -157,11 +162,13 @@ def flat_inputs(
     block_size: int,
     segments: Sequence[Segment] = (),
     logits: str = "all",
+    reserve: int = 0,
 ) -> ModelInputs:
     """A batch of whole sequences without an engine, for self-tests and oracles.
 
     sequences: (all token ids so far, how many of them are cached already), each with its own run of blocks of
-    `block_size` tokens, in order. `logits`: "all" rows or only each sequence's "last".
+    `block_size` tokens, in order. `logits`: "all" rows or only each sequence's "last". `reserve`: tokens that each
+    sequence has blocks for, so that it keeps its place while it grows.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -169,7 +176,7 @@ def flat_inputs(
     starts, contexts, tables, rows = [0], [], [], []
     next_block = 0
     for tokens, cached in sequences:
-        blocks = -(-len(tokens) // block_size)
+        blocks = -(-max(len(tokens), reserve) // block_size)
         table = list(range(next_block, next_block + blocks))
         next_block += blocks
         for p in range(cached, len(tokens)):

@@ -110,11 +110,13 @@ def dequantized_model(
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto" prefers a GPU. Raises StartupError if the asked-for device is not there."""
+    """ "auto" prefers a GPU. Raises StartupError if the asked-for device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise StartupError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise StartupError(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
     return torch.device(device)
 
 
@@ -128,13 +130,14 @@ def _eos_token_ids(source: TensorSource) -> frozenset[int]:
 
 
 def _context(source: TensorSource, wanted: int | None) -> int:
-    own = getattr(source.config, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "seq_length", "n_positions")
+    own = next((n for n in (getattr(source.config, name, None) for name in names) if n), None)
     if own is None:
         if wanted is None:
             raise UnsupportedModel(f"{source.name}: its config names no context length; give --max-context")
         return wanted
     if wanted is not None and wanted > own:
-        raise StartupError(f"--max-context {wanted} is more than the {own} tokens that {source.name} was made for")
+        raise StartupError(
+            f"--max-context {wanted} is more than the {own} tokens that {source.name} was made for"
+        )
     return wanted or int(own)
-
-

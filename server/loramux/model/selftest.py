@@ -23,9 +23,7 @@ def prove_flat(model: CausalLM) -> None:
     """
     name = f"{model.facts.name} ({model.facts.architecture})"
     generator = torch.Generator().manual_seed(0)
-    first, second = (
-        torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n in (5, 9)
-    )
+    first, second = (torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n in (5, 9))
     try:
         # The first pass shows each layer's shape; caches are made as they are met.
         model.attention_calls.clear()

@@ -52,7 +52,14 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     try:
         with meta_parameters():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, ImportError, TypeError) as error:
+    except KeyError as error:
+        if error.args != (attention,):
+            raise UnsupportedModel(f"{name}: transformers cannot build this model: {error}") from error
+        raise UnsupportedModel(
+            f"{name}: its modeling code picks attention from a list of its own and ignores transformers' "
+            "AttentionInterface, so its attention cannot be paged"
+        ) from error
+    except (ValueError, ImportError, TypeError) as error:
         raise UnsupportedModel(f"{name}: transformers cannot build this model: {error}") from error
     return model.eval()
 

@@ -44,7 +44,9 @@ class Tokenizer:
                 [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except TemplateError as error:
-            raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
+            raise InvalidRequest(
+                "chat.messages", f"the base's chat template refuses them: {error}"
+            ) from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

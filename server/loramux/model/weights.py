@@ -56,8 +56,7 @@ class WeightReader:
         try:
             if stored.dtype == torch.uint8:
                 entries = {
-                    k.removeprefix(key + "."): self._source.get(k)
-                    for k in self._source.companions(key)
+                    k.removeprefix(key + "."): self._source.get(k) for k in self._source.companions(key)
                 }
                 weight = NF4Weight.from_checkpoint(stored, entries).to(device)
             else:
@@ -71,7 +70,11 @@ class WeightReader:
 
 
 def fill(
-    model: PreTrainedModel, linears: Collection[SiteLinear], reader: WeightReader, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    linears: Collection[SiteLinear],
+    reader: WeightReader,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[str]:
     """Load every weight of the skeleton, yielding the name of each as it is done (for progress bars)."""
     for linear in linears:

@@ -1,0 +1,46 @@
+# Each target makes .venv and installs what it needs, from constraints.txt, on a machine with Python ≥ 3.11, make and g++.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint soak gpu-check stubs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Serve the embedded model with every shipped adapter and send one mixed batch
+	$(BIN)/loramux demo
+
+test: $(VENV)/.test ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test ## Run the linters and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(VENV)/.demo ## 10,000 adapter loads and unloads under traffic; then once more with a leak seeded, which must fail
+	$(BIN)/python -m loadtest soak --serve
+	! $(BIN)/python -m loadtest soak --serve --seed-leak --cycles 2000
+
+gpu-check: ## Run the GPU tests with the Python that is there (needs a CUDA build of torch; see docs/gpu.md)
+	$(PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider
+
+stubs: $(VENV)/.test ## Regenerate server/loramux/v1 from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=server --grpc_python_out=server --pyi_out=server proto/loramux/v1/*.proto
+
+clean: ## Remove the virtual environment and caches of this checkout (not the model cache)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --progress-bar off -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[test,lint]'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,86 @@
+"""Flat driving equals transformers' own generate, family by family; unfit models are refused with their reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from loramux.errors import UnsupportedModel
+from loramux.model.loading import dequantized_model, load_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tests.model.tiny import FAMILIES, greedy_flat, make_config, save_tiny
+
+PROMPTS = ([5, 17, 99, 3, 42, 8, 77, 23, 64, 11, 90, 31], [7, 7, 12], [101, 44, 55, 66, 13])
+
+
+def test_the_list_is_the_one_promised() -> None:
+    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flat_driving_equals_generate(family: str, tmp_path: Path) -> None:
+    folder = str(save_tiny(family, tmp_path))
+    oracle = dequantized_model(folder, attention="eager")
+    oracle.generation_config.eos_token_id = None
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    model = load_model(folder, device="cpu", dtype="fp32").model
+    assert greedy_flat(model, PROMPTS, 16) == expected
+    assert greedy_flat(model, PROMPTS, 16, chunk=4) == expected
+    assert greedy_flat(model, PROMPTS[:1], 16) == expected[:1]
+
+
+def test_sliding_window_matters(tmp_path: Path) -> None:
+    """The windows above must be narrow enough to change answers, or the test proves nothing about them."""
+    windowed = load_model(str(save_tiny("mistral", tmp_path / "a")), dtype="fp32").model
+    full = load_model(str(save_tiny("mistral", tmp_path / "b", sliding_window=None)), dtype="fp32").model
+    assert greedy_flat(windowed, PROMPTS, 16) != greedy_flat(full, PROMPTS, 16)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        (
+            "falcon",
+            {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128},
+            "attention",
+        ),
+        ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128}, "attention"),
+    ],
+)
+def test_models_that_ignore_the_attention_interface_are_refused(
+    family: str, options: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**options))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=reason) as caught:
+        load_model(str(tmp_path), dtype="fp32")
+    assert str(tmp_path) in str(caught.value) or family in str(caught.value)
+
+
+def test_longrope_is_refused_because_answers_would_depend_on_neighbours(tmp_path: Path) -> None:
+    factors = [1.0] * 8
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": factors,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 128,
+    }
+    save_tiny("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
+    with pytest.raises(UnsupportedModel, match="longrope"):
+        load_model(str(tmp_path), dtype="fp32")
+
+
+def test_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    config = make_config("mixtral", num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="mixture-of-experts"):
+        load_model(str(tmp_path), dtype="fp32")
