@@ -36,9 +36,7 @@ class Settings:
     # the base model
     model: str = field(
         default="smollm2",
-        metadata=_is(
-            text("MODEL"), "Base: a Hugging Face folder or hub id, a .gguf file, or the embedded smollm2."
-        ),
+        metadata=_is(text("MODEL"), "Base: a Hugging Face folder or hub id, a .gguf file, or the embedded smollm2."),
     )
     device: str = field(
         default="auto",
@@ -62,13 +60,9 @@ class Settings:
     # ports
     host: str = field(
         default="127.0.0.1",
-        metadata=_is(
-            text("HOST"), "Address of the public port; 0.0.0.0 is every interface, unix:PATH a socket."
-        ),
+        metadata=_is(text("HOST"), "Address of the public port; 0.0.0.0 is every interface, unix:PATH a socket."),
     )
-    port: int = field(
-        default=50051, metadata=_is(integer("PORT", 0, 65535), "Public gRPC port; 0 takes a free one.")
-    )
+    port: int = field(default=50051, metadata=_is(integer("PORT", 0, 65535), "Public gRPC port; 0 takes a free one."))
     admin_host: str = field(
         default="127.0.0.1",
         metadata=_is(text("HOST"), "Address of the admin port; beyond this machine only with an admin key."),
@@ -76,9 +70,7 @@ class Settings:
     admin_port: int = field(
         default=50052, metadata=_is(integer("PORT", 0, 65535), "Admin gRPC port; 0 takes a free one.")
     )
-    metrics_host: str = field(
-        default="127.0.0.1", metadata=_is(text("HOST"), "Address of /metrics and /healthz.")
-    )
+    metrics_host: str = field(default="127.0.0.1", metadata=_is(text("HOST"), "Address of /metrics and /healthz."))
     metrics_port: int = field(
         default=9400,
         metadata=_is(integer("PORT", 0, 65535), "Port of /metrics and /healthz; 0 serves neither."),
@@ -86,9 +78,7 @@ class Settings:
     tls_cert: Path | None = field(
         default=None, metadata=_is(values.FILE, "PEM certificate chain; both gRPC ports then speak TLS.")
     )
-    tls_key: Path | None = field(
-        default=None, metadata=_is(values.FILE, "PEM private key of the certificate.")
-    )
+    tls_key: Path | None = field(default=None, metadata=_is(values.FILE, "PEM private key of the certificate."))
 
     # keys
     api_key: str | None = field(
@@ -99,9 +89,7 @@ class Settings:
             "Bearer token of the public port. Flags show in `ps`: prefer the variable or a file.",
         ),
     )
-    api_key_file: Path | None = field(
-        default=None, metadata=_is(values.FILE, "File that holds the public token.")
-    )
+    api_key_file: Path | None = field(default=None, metadata=_is(values.FILE, "File that holds the public token."))
     admin_key: str | None = field(
         default=None,
         repr=False,
@@ -110,16 +98,12 @@ class Settings:
             "Bearer token of the admin port. Flags show in `ps`: prefer the variable or a file.",
         ),
     )
-    admin_key_file: Path | None = field(
-        default=None, metadata=_is(values.FILE, "File that holds the admin token.")
-    )
+    admin_key_file: Path | None = field(default=None, metadata=_is(values.FILE, "File that holds the admin token."))
 
     # adapters
     adapter_dir: tuple[Path, ...] = field(
         default=(),
-        metadata=_is(
-            many(values.FOLDER), "Root under which adapters lie; repeatable. None is read from elsewhere."
-        ),
+        metadata=_is(many(values.FOLDER), "Root under which adapters lie; repeatable. None is read from elsewhere."),
     )
     adapter: tuple[StartAdapter, ...] = field(
         default=(), metadata=_is(many(values.START_ADAPTER), "Adapter to load at start; repeatable.")
@@ -132,12 +116,15 @@ class Settings:
     )
 
     # the engine
-    kv_memory: Memory = field(
-        default=Memory(fraction=0.3),
-        metadata=_is(values.MEMORY, "Memory of the KV cache: a size, or a share of what is free, e.g. 40%."),
+    kv_memory: Memory | None = field(
+        default=None,
+        metadata=_is(
+            values.MEMORY,
+            "Memory of the KV cache: a size, or a share of what is free, e.g. 40%. Unset: 10% on a CPU, 85% on a GPU.",
+        ),
     )
     max_batch_tokens: int = field(
-        default=2048,
+        default=512,
         metadata=_is(integer("TOKENS", 1, 1 << 20), "Most tokens, prefill and decode together, in one step."),
     )
     max_batch_rows: int = field(
@@ -150,12 +137,8 @@ class Settings:
 
     # limits of one request
     max_n: int = field(default=16, metadata=_is(integer("N", 1, 1024), "Most sequences (n) in one request."))
-    max_stop_strings: int = field(
-        default=16, metadata=_is(integer("N", 0, 1024), "Most stop strings in one request.")
-    )
-    max_top_logprobs: int = field(
-        default=20, metadata=_is(integer("N", 0, 1024), "Most top_logprobs in one request.")
-    )
+    max_stop_strings: int = field(default=16, metadata=_is(integer("N", 0, 1024), "Most stop strings in one request."))
+    max_top_logprobs: int = field(default=20, metadata=_is(integer("N", 0, 1024), "Most top_logprobs in one request."))
     max_mix: int = field(default=8, metadata=_is(integer("N", 1, 256), "Most adapters in one request's mix."))
     max_message_bytes: int = field(
         default=4 << 20,
@@ -172,9 +155,7 @@ class Settings:
     )
     send_timeout: float = field(
         default=30.0,
-        metadata=_is(
-            seconds(0.01, 86400), "Seconds after which a client that stops reading loses its stream."
-        ),
+        metadata=_is(seconds(0.01, 86400), "Seconds after which a client that stops reading loses its stream."),
     )
 
     log_level: str = field(
@@ -254,9 +235,7 @@ def load(
     if file is not None:
         _overlay(settings, _from_file(file), lambda option: f"{option.name} in {file}")
     _overlay(settings, _from_environment(environ), lambda option: option.variable)
-    given = {
-        name: value for name, value in (flags or {}).items() if value is not None and value not in ((), [])
-    }
+    given = {name: value for name, value in (flags or {}).items() if value is not None and value not in ((), [])}
     _overlay(settings, given, lambda option: option.flag)
     return Settings(**settings)
 
@@ -275,9 +254,7 @@ def _overlay(settings: dict[str, Any], source: Mapping[str, object], where: Call
     for key in ("api_key", "admin_key"):
         file = key + "_file"
         if key in parsed and file in parsed:
-            raise StartupError(
-                f"{where(known[file])} and {where(known[key])} are both given: give one of the two"
-            )
+            raise StartupError(f"{where(known[file])} and {where(known[key])} are both given: give one of the two")
         if file in parsed:
             parsed[key] = _read_secret(parsed[file], where(known[file]))
         elif key in parsed:

@@ -77,9 +77,7 @@ class InvalidAdapter(LoramuxError):
         reason: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__(
-            f"{subject}: {message}", reason=reason, metadata={"subject": subject, **(metadata or {})}
-        )
+        super().__init__(f"{subject}: {message}", reason=reason, metadata={"subject": subject, **(metadata or {})})
         self.subject = subject
         self.description = message
 

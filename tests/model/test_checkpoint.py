@@ -50,17 +50,13 @@ def test_our_checkpoint_loads_in_transformers_and_here(family: str, tmp_path: Pa
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     name = "model.layers.0.self_attn.q_proj" if family == "llama" else "transformer.h.0.attn.c_attn"
     expected = dequantized_model(str(source)).get_parameter(name + ".weight")
-    assert torch.equal(
-        weight.float(), (expected.T if family == "gpt2" else expected).to(weight.dtype).float()
-    )
+    assert torch.equal(weight.float(), (expected.T if family == "gpt2" else expected).to(weight.dtype).float())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_their_checkpoint_loads_here(family: str, tmp_path: Path) -> None:
     source = save_tiny(family, tmp_path / "dense")
-    theirs = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=QUANTIZATION, dtype=torch.float32
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(source, quantization_config=QUANTIZATION, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "nf4")
     assert torch.equal(logits(tmp_path / "nf4"), logits(source))
 
@@ -108,9 +104,11 @@ def test_unknown_source_tells_the_way_out(name: str) -> None:
         open_source(name)
 
 
-def test_a_context_beyond_the_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="256"):
-        load_model(str(save_tiny("llama", tmp_path)), max_context=10_000)
+@pytest.mark.parametrize(("wanted", "served"), [(None, 256), (100, 100), (10_000, 256)])
+def test_the_context_is_never_longer_than_the_model_was_made_for(
+    wanted: int | None, served: int, tmp_path: Path
+) -> None:
+    assert load_model(str(save_tiny("llama", tmp_path)), max_context=wanted).model.max_context == served
 
 
 def test_weights_stream_through_memory_one_at_a_time(tmp_path: Path) -> None:

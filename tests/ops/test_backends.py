@@ -17,9 +17,7 @@ BACKENDS: list[Backend] = [GroupedBackend()]
 REFERENCE = ReferenceBackend()
 
 
-def lora(
-    rank: int, k: int, n: int, bias: bool, generator: torch.Generator, dtype: torch.dtype
-) -> LoraWeights:
+def lora(rank: int, k: int, n: int, bias: bool, generator: torch.Generator, dtype: torch.dtype) -> LoraWeights:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
@@ -48,8 +46,7 @@ def test_linear(backend: Backend, data: st.DataObject) -> None:
         stop = data.draw(st.integers(start, rows))  # empty segments included
         rank = data.draw(st.sampled_from([1, 3, 8, 40]))
         factors = tuple(
-            lora(rank, k, n, data.draw(st.booleans()), g, dtype) if data.draw(st.booleans()) else None
-            for n in widths
+            lora(rank, k, n, data.draw(st.booleans()), g, dtype) if data.draw(st.booleans()) else None for n in widths
         )
         segments.append(SiteSegment(start, stop, data.draw(st.sampled_from([1.0, -0.5, 0.25])), factors))
     x = torch.randn(rows, k, generator=g).to(dtype)

@@ -13,7 +13,7 @@ from loramux.ops.reference import dequantize
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 70), k=st.integers(1, 200), seed=st.integers(0, 1000))
 def test_dequantize_follows_the_format_whatever_the_shape(n: int, k: int, seed: int) -> None:
-    """bitsandbytes' CPU kernel is silently wrong where K is no multiple of 64 and the weight is not handed over flat."""
+    """bitsandbytes' CPU kernel is wrong in silence where K is no multiple of 64, unless the weight is flat."""
     dense = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
     weight = NF4Weight.quantize(dense)
     torch.testing.assert_close(weight.dequantize(torch.float32), dequantize(weight), rtol=0, atol=1e-6)

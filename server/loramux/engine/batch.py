@@ -17,7 +17,7 @@ from loramux.ops.segment import Segment
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`rows` as they are laid out in `inputs`; `sampled[r]` is the sequence that the model's logits row r is for."""
+    """`rows` as they are laid out in `inputs`; the model's logits row r is for the sequence `sampled[r]`."""
 
     rows: list[Row]
     sampled: list[Sequence]
@@ -34,7 +34,9 @@ def build_batch(rows: list[Row], block_size: int) -> Batch:
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
     positions = np.arange(query_starts[-1]) - (query_starts[:-1] - starts)[row_of_token]
     tables = _block_tables(rows)
-    slots = tables[row_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    slots = (
+        tables[row_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    )
     wanted = np.array([row.wants_logits for row in rows])
     inputs = ModelInputs(
         token_ids=torch.from_numpy(_token_ids(rows)),
@@ -64,7 +66,7 @@ def _block_tables(rows: list[Row]) -> np.ndarray:
 
 
 def _segments(rows: list[Row], query_starts: list[int]) -> tuple[Segment, ...]:
-    """One segment for each adapter of each run of rows with equal uses; a mix gives several over the same rows."""
+    """One segment for each adapter of each run of rows with equal uses; a mix gives several for a run."""
     segments: list[Segment] = []
     runs = groupby(range(len(rows)), key=lambda i: rows[i].sequence.group.uses_key)
     for _, run in runs:

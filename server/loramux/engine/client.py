@@ -27,15 +27,15 @@ class EngineClient(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Run a request; the last event is a SequenceFinished with `last` set.
 
-        Raises the request's error instead of yielding RequestFailed: InvalidRequest, Draining or Overloaded before
-        anything runs; any LoramuxError later. Closing the iterator (or cancelling its reader) aborts the request.
-        From the first iteration on, `on_finish(request)` is called exactly once, on this thread and before the last
-        event or the error is seen, whatever happens.
+        Raises the request's error instead of yielding RequestFailed: InvalidRequest, Draining or Overloaded
+        before anything runs; any LoramuxError later. Closing the iterator (or cancelling its reader) aborts
+        the request. From the first iteration on, `on_finish(request)` is called exactly once, on this thread
+        and before the last event or the error is seen, whatever happens.
         """
         ...
 
     def abort(self, request_id: str, error: LoramuxError) -> None:
-        """End every live request of this id with `error`. Unknown ids are ignored: the request may just have ended."""
+        """End every live request of this id with `error`. Unknown ids are ignored: it may just have ended."""
         ...
 
     def wake(self) -> None:
@@ -46,7 +46,7 @@ class EngineClient(Protocol):
         """The latest snapshot."""
         ...
 
-    async def drain(self, timeout: float) -> int:
+    async def drain(self, timeout: float) -> int:  # noqa: ASYNC109 - the requests time out, not the call
         """Take no new requests, wait for the running ones, cancel what is left after `timeout` seconds.
 
         Returns how many were cancelled.

@@ -1,11 +1,12 @@
 """Token ids → text, piece by piece: valid UTF-8 at every moment, and the pieces add up to the whole.
 
 The text starts at the first output token, without the prompt's context: what `tokenizer.decode(output_ids,
-skip_special_tokens=True)` gives. (A sentencepiece tokenizer thus drops the first word's leading space, as there.)
+skip_special_tokens=True)` gives. (A sentencepiece tokenizer thus drops the first word's leading space, as
+there.)
 
-Why not `tokenizers.decoders.DecodeStream`: it cannot be flushed, so an answer that ends inside a character would lose
-its last bytes, and it raises on malformed byte-fallback sequences, which a sampled model does produce.
-Knows nothing of stop conditions.
+Why not `tokenizers.decoders.DecodeStream`: it cannot be flushed, so an answer that ends inside a character
+would lose its last bytes, and it raises on malformed byte-fallback sequences, which a sampled model does
+produce. Knows nothing of stop conditions.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ class Detokenizer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def _token_text(self, token_id: int) -> str:
-        """One token alone, special ones by their names; bytes that are no UTF-8 by themselves become U+FFFD."""
+        """One token alone, special ones by name; bytes that are no UTF-8 by themselves become U+FFFD."""
         return self.decode([token_id])
 
 
 class TextStream:
     """One sequence's text so far.
 
-    `_ids` are the last tokens whose text is out (the decoder needs them as left context: spaces, joined bytes) and
-    the tokens after them; `_sent` characters of their decoded text have been given out. Trailing U+FFFD are held
-    back, since the next token may complete the character; not for more than MAX_HELD_TOKENS tokens, so that a
-    sequence of pure garbage costs linear time.
+    `_ids` are the last tokens whose text is out (the decoder needs them as left context: spaces, joined
+    bytes) and the tokens after them; `_sent` characters of their decoded text have been given out. Trailing
+    U+FFFD are held back, since the next token may complete the character; not for more than MAX_HELD_TOKENS
+    tokens, so that a sequence of pure garbage costs linear time.
     """
 
     __slots__ = ("_context", "_ids", "_owner", "_sent")

@@ -5,7 +5,6 @@ Knows nothing of adapters' names or of proto messages; it only names their field
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,9 +20,9 @@ MAX_BIAS = 100.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of this server: token ids are below `vocab_size`; prompt and output together have `max_context` tokens.
+    """Token ids are below `vocab_size`; prompt and output together have at most `max_context` tokens.
 
-    `max_context` is the smaller of the model's context and the KV cache: what can never fit is refused at once.
+    `max_context` is the smaller of the model's context and the KV cache: what can never fit is refused.
     """
 
     vocab_size: int
@@ -39,23 +38,20 @@ def check_request(
     request_id: str = "",
     cache_salt: str = "",
     priority: int = 0,
-    mix_weights: Sequence[float] = (),
+    mix: int = 0,
     prompt_field: str = "prompt",
 ) -> None:
     """Return if the request keeps every limit; raise InvalidRequest for the first that it does not.
 
-    `mix_weights` has one weight an adapter; `prompt_field` is the proto field that the ids came from. The error's
-    `field` is a path in GenerateRequest, its text and metadata (`limit`, `given`) say what is allowed and what was
-    given.
+    `mix` is the number of adapters; `prompt_field` is the proto field that the ids came from. The error's
+    `field` is a path in GenerateRequest, its text and metadata (`limit`, `given`) say what is allowed and
+    what was given.
     """
     s = limits.settings
     _check_prompt(prompt_ids, limits, prompt_field)
     _at_most("request_id", len(request_id), s.max_request_id_chars, "characters")
     _at_most("cache_salt", len(cache_salt), s.max_cache_salt_chars, "characters")
-    _at_most("mix", len(mix_weights), s.max_mix, "adapters")
-    for i, weight in enumerate(mix_weights):
-        if not math.isfinite(weight):
-            raise _invalid(f"mix[{i}].weight", "must be finite", "(-inf, inf)", weight)
+    _at_most("mix", mix, s.max_mix, "adapters")
     _within("priority", priority, -s.max_priority, s.max_priority)
     check_sampling(sampling, limits)
 
@@ -93,8 +89,8 @@ def _check_prompt(prompt_ids: Sequence[int], limits: Limits, name: str) -> None:
     if len(prompt_ids) > longest:
         raise _invalid(
             name,
-            f"has {len(prompt_ids)} tokens; this server's context of {limits.max_context} tokens takes prompts of "
-            f"at most {longest}",
+            f"has {len(prompt_ids)} tokens; this server's context of {limits.max_context} tokens "
+            f"takes prompts of at most {longest}",
             longest,
             len(prompt_ids),
             reason="PROMPT_TOO_LONG",

@@ -45,7 +45,7 @@ FAULT_TEXT = "the engine failed while it ran this request; the server's log has 
 
 
 class Model(Protocol):
-    """All that the engine asks of a model. It has allocated its KV cache: num_kv_blocks blocks of block_size tokens."""
+    """All that the engine asks of a model, which holds num_kv_blocks KV blocks of block_size tokens."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -88,7 +88,9 @@ class Engine:
         self._detokenizer = Detokenizer(tokenizer)
         self._on_finish = on_finish
         self._clock = clock
-        self._groups: dict[Request, Group] = {}  # by identity: callers choose request ids, and may choose one twice
+        self._groups: dict[
+            Request, Group
+        ] = {}  # by identity: callers choose request ids, and may choose one twice
         self._serial = itertools.count()
         self._seconds = StepSeconds()
         self._consecutive_faults = 0
@@ -103,11 +105,11 @@ class Engine:
             request_id=request.request_id,
             cache_salt=request.cache_salt,
             priority=request.priority,
-            mix_weights=[use.weight for use in request.adapters],
+            mix=len(request.adapters),
         )
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request that has passed `check`. Its events go to `sink`, in this thread, during later steps."""
+        """Queue a request that has passed `check`; its events go to `sink` in later steps, in this thread."""
         seed = request.sampling.seed
         arrival = request.arrival or self._clock()
         group = make_group(
@@ -165,7 +167,7 @@ class Engine:
         group.sink(last)
 
     def idle_seconds(self) -> float | None:
-        """How long the engine may sleep after a step that found nothing to do; None: until something is submitted."""
+        """How long to sleep after a step that found nothing to do; None: until something is submitted."""
         now = self._clock()
         waits = [g.request.deadline - now for g in self._groups.values() if g.request.deadline is not None]
         if any(group.loading for group in self._groups.values()):
@@ -174,7 +176,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """False after max_consecutive_faults steps in a row have failed; a step that succeeds makes it True again."""
+        """False once max_consecutive_faults steps in a row have failed, until one succeeds."""
         return self._consecutive_faults < self.settings.max_consecutive_faults
 
     def stats(self) -> EngineStats:
@@ -229,7 +231,7 @@ class Engine:
                 group.cached_tokens = row.start
 
     def _survive_fault(self, rows: list[Row]) -> None:
-        """The step's requests fail; the rest go on if the books still balance (else AssertionError ends the engine).
+        """The step's requests fail; the rest go on if the books balance. Else AssertionError ends the engine.
 
         Blocks that the failed step may have half written were not offered to others: that comes after a step.
         """

@@ -26,8 +26,8 @@ Sink = Callable[[Event], None]
 class Group:
     """Times are in the engine's clock (seconds).
 
-    `uses` are the request's adapters in canonical order (by uid, then weight): requests for the same mix share the
-    prefix cache and add up their branches in the same order, so that they get the same bits.
+    `uses` are the request's adapters in canonical order (by uid, then weight): requests for the same mix
+    share the prefix cache and add up their branches in the same order, so that they get the same bits.
     """
 
     request: Request
@@ -60,7 +60,7 @@ class Group:
         return any(seq.status is Status.RUNNING for seq in self.sequences)
 
     def observe(self, now: float) -> LoramuxError | None:
-        """Note how long the adapters take to load; return the error that ends the request now, if one does."""
+        """Note how long the adapters take to load; return the error that ends the request now, if any."""
         if self.request.deadline is not None and now >= self.request.deadline:
             where = "running" if self.first_scheduled is not None else "queued"
             return DeadlineExceeded(f"the deadline passed while the request was {where}")

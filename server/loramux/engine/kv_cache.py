@@ -1,7 +1,7 @@
-"""Who owns which KV block, and which blocks hold a prefix that others may share. Policy only: imports no torch.
+"""Who owns which KV block, and which blocks hold a prefix to share. Policy only: imports no torch.
 
-A block is in exactly one of three states: held by sequences (reference count > 0), free and still remembered by the
-prefix cache (evicted last-recently-used first), or free and empty.
+A block is in exactly one of three states: held by sequences (reference count > 0), free and still remembered
+by the prefix cache (evicted last-recently-used first), or free and empty.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _KEY_BYTES = 32
 
 
 def cache_root(uses: tuple[tuple[str, float], ...], salt: str) -> bytes:
-    """The key that stands before a sequence's first block: which adapters (uid, weight) made it, and for whom.
+    """The key before a sequence's first block: which adapters (uid, weight) compute it, and for whom.
 
-    Keys are chained 256-bit digests, so that different contents never meet: not by Python's hash, not by a tenant who
-    tries. The encoding is unambiguous (JSON; weights as exact hexadecimal floats).
+    Keys are chained 256-bit digests, so that different contents never meet: not by Python's hash, not by a
+    tenant who tries. The encoding is unambiguous (JSON; weights as exact hexadecimal floats).
     """
     identity = json.dumps([[[uid, float(weight).hex()] for uid, weight in uses], salt])
     return blake2b(identity.encode(), digest_size=_KEY_BYTES).digest()
@@ -53,10 +53,10 @@ class KVCache:
         return self.num_blocks - self.num_free
 
     def admit(self, seq: Sequence, headroom: int) -> bool:
-        """Take the longest cached prefix and blocks for all of the sequence's tokens; `seq.computed` tells the hit.
+        """Take the longest cached prefix (`seq.computed` tokens then) and blocks for all of the tokens.
 
-        False, and nothing changes, unless `headroom` blocks stay free. The last token is never served from the
-        cache: its logits are needed, so at least one token is computed.
+        False, and nothing changes, unless `headroom` blocks stay free. The last token is never served from
+        the cache: its logits are needed, so at least one token is computed.
         """
         hits = self._cached_prefix(seq)
         fresh = self._blocks_for(len(seq.tokens)) - len(hits)
@@ -83,7 +83,7 @@ class KVCache:
         return True
 
     def commit(self, seq: Sequence) -> None:
-        """Offer the sequence's full, computed blocks to later sequences. Called after the model has written them."""
+        """Offer the full, computed blocks to later sequences. Called after the model has written them."""
         full = seq.computed // self.block_size
         if not self.prefix_caching or full <= seq.committed:
             return
@@ -116,7 +116,9 @@ class KVCache:
         assert len(free) == len(set(free)), "a block is free twice"
         assert set(free).isdisjoint(held), "a held block is free"
         assert len(free) + len(held) == self.num_blocks, "a block is lost"
-        assert {block: key for key, block in self._block_of.items()} == self._key_of, "keys and blocks disagree"
+        assert {block: key for key, block in self._block_of.items()} == self._key_of, (
+            "keys and blocks disagree"
+        )
         assert set(self._remembered) <= set(self._key_of), "a remembered block has no key"
         assert set(self._empty).isdisjoint(self._key_of), "an empty block has a key"
 

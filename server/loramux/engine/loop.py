@@ -1,7 +1,7 @@
-"""The engine's thread and its bridge to asyncio. Knows nothing of gRPC, and of the engine only its public methods.
+"""The engine's thread and its bridge to asyncio. Knows nothing of gRPC.
 
-What crosses: requests and aborts through an inbox (deque + threading.Event), events back through an outbox that goes to
-the event loop in one call_soon_threadsafe a step. Neither side ever waits for the other.
+What crosses: requests and aborts through an inbox (deque + threading.Event), events back through an outbox
+that goes to the event loop in one call_soon_threadsafe a step. Neither side ever waits for the other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 from tokenizers import Tokenizer
 
@@ -31,7 +32,7 @@ _MOST_RETRY_SECONDS = 60.0
 
 
 class AsyncEngine:
-    """Implements `client.EngineClient`. Made on any thread, then used on the event loop's, unless noted there."""
+    """Implements `client.EngineClient`, which says what each method may be called from."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
         self._wake = threading.Event()
         self._inbox: deque[Callable[[], None]] = deque()
-        self._outbox: list[tuple[Request, Event | None]] = []  # None: give the lease back
+        self._outbox: list[Callable[[], None]] = []  # to be called on the event loop, in this order
         self._streams: dict[Request, Stream] = {}  # every request whose lease is still out
         self._idle = asyncio.Event()
         self._idle.set()
@@ -107,7 +108,7 @@ class AsyncEngine:
         """See EngineClient."""
         return self._stats
 
-    async def drain(self, timeout: float) -> int:  # noqa: ASYNC109 - the rest is cancelled here, not the waiting
+    async def drain(self, timeout: float) -> int:  # noqa: ASYNC109 - the requests time out, not the call
         """See EngineClient."""
         self._draining = True
         with contextlib.suppress(TimeoutError):
@@ -144,9 +145,9 @@ class AsyncEngine:
                 reason="QUEUE_FULL",
                 metadata={"limit": self._settings.max_queue, "given": queued},
             )
-        stream = self._streams[request] = Stream(request)
+        stream = self._streams[request] = Stream(request, time.monotonic())
         self._idle.clear()
-        self._post(lambda: self._engine.submit(request, lambda event: self._outbox.append((request, event))))
+        self._post(partial(self._submit, request, stream))
         return stream
 
     def _retry_after(self, queued: int) -> float:
@@ -159,24 +160,84 @@ class AsyncEngine:
         self._wake.set()
 
     def _post_abort(self, request: Request, error: LoramuxError) -> None:
-        self._post(lambda: self._engine.abort(request, error))
+        self._post(partial(self._engine.abort, request, error))
 
-    def _deliver(self, events: list[tuple[Request, Event | None]]) -> None:
-        """What one step brought. No reader runs in between, so a lease is back before its request's last event."""
-        for request, event in events:
-            stream = self._streams.get(request)
-            if event is None:
-                self._release(request)
-                self._streams_ending = stream
-            elif stream is not None:
-                stream.put(event)
+    def _deliver(self, calls: list[Callable[[], None]]) -> None:
+        """What one step brought. No reader runs in between: a lease is back before the last event is read."""
+        for call in calls:
+            call()
 
-    def _release(self, request: Request) -> None: ...
+    def _put(self, stream: Stream, event: Event) -> None:
+        stream.put(event)
+        if stream.pending_tokens > self._settings.max_pending_tokens and not stream.ended:
+            error = Overloaded(
+                f"the reader is more than {self._settings.max_pending_tokens} tokens behind",
+                reason="SLOW_READER",
+                metadata={"limit": self._settings.max_pending_tokens},
+            )
+            self._post_abort(stream.request, error)
 
-    def _fail_all(self, error: Callable[[], LoramuxError]) -> None: ...
+    def _release(self, request: Request) -> None:
+        """The engine is done with a request: give its lease back, once."""
+        stream = self._streams.pop(request, None)
+        if stream is None:
+            return
+        self._mean_seconds += _SMOOTHING * (time.monotonic() - stream.since - self._mean_seconds)
+        if not self._streams:
+            self._idle.set()
+        try:
+            self._on_finish(request)
+        except (
+            Exception
+        ):  # a defect of the owner; the other requests of this delivery must not lose their events
+            log.exception("giving back the lease of request %r failed", request.request_id)
+
+    def _fail_all(self, error: Callable[[], LoramuxError]) -> None:
+        """The engine's thread is gone: end what it left behind."""
+        self._alive = False
+        for stream in list(self._streams.values()):
+            self._release(stream.request)
+            stream.put(RequestFailed(error()))
 
     # The engine thread's side.
 
-    def _run(self) -> None: ...
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()  # before the inbox is read: what comes later sets it again
+                while self._inbox:
+                    self._inbox.popleft()()
+                computed = self._engine.step()
+                self._flush()
+                if not computed:
+                    self._wake.wait(self._engine.idle_seconds())
+        except BaseException:
+            log.exception("the engine's thread has died")
+            self._alive = False
+            self._call_soon(partial(self._fail_all, partial(EngineFault, FAULT_TEXT)))
 
-    def _engine_has_finished(self, request: Request) -> None: ...
+    def _submit(self, request: Request, stream: Stream) -> None:
+        sink = self._sink(stream)
+        try:
+            self._engine.submit(request, sink)
+        except Exception:
+            log.exception("request %r could not be queued", request.request_id)
+            self._engine_has_finished(request)
+            sink(RequestFailed(EngineFault(FAULT_TEXT)))
+
+    def _sink(self, stream: Stream) -> Callable[[Event], None]:
+        return lambda event: self._outbox.append(partial(self._put, stream, event))
+
+    def _engine_has_finished(self, request: Request) -> None:
+        self._outbox.append(partial(self._release, request))
+
+    def _flush(self) -> None:
+        """One call to the event loop for all that happened since the last; the snapshot is fresh by then."""
+        self._stats = self._engine.stats()
+        if self._outbox:
+            calls, self._outbox = self._outbox, []
+            self._call_soon(partial(self._deliver, calls))
+
+    def _call_soon(self, call: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(call)

@@ -36,8 +36,9 @@ class SamplingParams:
 class AdapterHandle(Protocol):
     """What a request holds of an adapter: the registry's entry that it leased.
 
-    `weights` is None until the adapter is where the model computes; then it maps site index → LoraWeights and never
-    changes again. `error` is set instead if the load fails. Both are written once, by one thread, and only read here.
+    `weights` is None until the adapter is where the model computes; then it maps site index → LoraWeights and
+    never changes again. `error` is set instead if the load fails. Both are written once, by one thread, and
+    only read here.
     """
 
     name: str
@@ -78,7 +79,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its log probability (natural, of the unmodified distribution); `top` by falling probability."""
+    """A token and its log probability: natural, of the unmodified distribution. `top`: likeliest first."""
 
     token_id: int
     text: str
@@ -123,7 +124,7 @@ class Delta:
 
 @dataclass(slots=True)
 class SequenceFinished:
-    """The end of one sequence. `usage` and `timings` are complete in the request's last one (`last` is True)."""
+    """The end of one sequence. `usage` and `timings` are complete in the last one (`last` is True)."""
 
     index: int
     reason: FinishReason

@@ -1,12 +1,13 @@
 """Logits → tokens, each row by its own request's rules, with the same result whatever the other rows are.
 
-Order of the rules (all in float32): repetition, frequency and presence penalties; logit bias; end tokens masked until
-min_new_tokens; then temperature, top-k, top-p (of what top-k left, renormalised), min-p (relative to the likeliest).
-A token is drawn by inverting the cumulative distribution (float64, summed in order) at `uniform(seed, index, position)`:
+Order of the rules (all in float32): repetition, frequency and presence penalties; logit bias; end tokens
+masked until min_new_tokens; then temperature, top-k, top-p (of what top-k left, renormalised), min-p
+(relative to the likeliest). A token is drawn by inverting the cumulative distribution (float64, summed in
+order) at `uniform(seed, index, position)`:
 
 - without top-k and top-p, in the order of the vocabulary: no sort is needed;
-- with them, by falling logit, equal logits by rising id. Both filters and min-p then only say how many tokens from the
-  front are kept, so the largest K values are enough and the vocabulary is not sorted.
+- with them, by falling logit, equal logits by rising id. Both filters and min-p then only say how many tokens
+  from the front are kept, so the largest K values are enough and the vocabulary is not sorted.
 
 Log probabilities are of the raw logits. Works on any device. Knows nothing of text or of scheduling.
 """
@@ -23,7 +24,9 @@ from loramux.engine.sequence import Sequence
 from loramux.engine.uniform import uniform
 
 MIN_TEMPERATURE = 1e-5  # below it the distribution is a point in float32: greedy
-NUCLEUS_CANDIDATES = 1024  # top-p alone looks at this many tokens first, and at all of them only if these do not reach p
+NUCLEUS_CANDIDATES = (
+    1024  # top-p alone looks at this many tokens first, and at all of them only if these do not reach p
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,12 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(logits: Tensor, seqs: list[Sequence]) -> list[Sampled | None]:
-    """One token for each row of logits [R, V] (any float dtype, not written to); None where the row is not finite."""
+    """One token for each row of logits [R, V] (any float dtype, only read); None: the row is not finite."""
     raw = logits.float()
     chosen_from = _apply_rules(raw, seqs)
     tokens = chosen_from.argmax(dim=1)
-    # A sum is finite only if every addend is: one pass, no mask of the size of the logits. A row that the rules
-    # leave without any token has no finite maximum.
+    # A sum is finite only if every addend is: one pass, no mask of the size of the logits. A row that the
+    # rules leave without any token has no finite maximum.
     largest = chosen_from.gather(1, tokens[:, None])[:, 0]
     sound = (raw.sum(dim=1).isfinite() & largest.isfinite()).tolist()
     drawn = [i for i, seq in enumerate(seqs) if sound[i] and not _is_greedy(seq)]
@@ -119,7 +122,7 @@ def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
 
 
 def _draw_from_front(logits: Tensor, seqs: list[Sequence], candidates: int) -> Tensor:
-    """Rows with top-k or top-p: [N, V] → token ids [N]. `candidates` are looked at where top-k does not say."""
+    """Rows with top-k or top-p: [N, V] → token ids [N]. `candidates`: how many to look at without top-k."""
     params = [seq.group.request.sampling for seq in seqs]
     vocab = logits.shape[1]
     limits = [min(p.top_k or candidates, vocab) for p in params]
@@ -145,13 +148,13 @@ def _draw_from_front(logits: Tensor, seqs: list[Sequence], candidates: int) -> T
 
 
 def _probabilities(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """Softmax at each row's temperature. The maximum is taken off first, lest a small temperature overflow."""
+    """Softmax at each row's temperature. The maximum goes first, lest a small temperature overflow."""
     temperature = _column(logits, [seq.group.request.sampling.temperature for seq in seqs], torch.float32)
     return ((logits - logits.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
 
 
 def _invert(cumulative: Tensor, total: Tensor, seqs: list[Sequence]) -> Tensor:
-    """The first place [N, 1] where the cumulative mass exceeds u x total; u x total may round up to total itself."""
+    """The first place [N, 1] where the cumulative mass exceeds u x total, below total itself."""
     draws = [uniform(seq.group.seed, seq.index, seq.num_output) for seq in seqs]
     target = torch.minimum(
         total * _column(total, draws, torch.float64), total.nextafter(torch.zeros_like(total))
@@ -160,7 +163,7 @@ def _invert(cumulative: Tensor, total: Tensor, seqs: list[Sequence]) -> Tensor:
 
 
 def _id_of_rank(logits: Tensor, values: Tensor, rank: Tensor) -> Tensor:
-    """The token at place `rank` [N, 1] by falling logit, equal logits by rising id: what a stable sort would say."""
+    """The token at place `rank` [N, 1] of a stable sort by falling logit: equal logits by rising id."""
     value = values.gather(1, rank)
     place = rank - (values > value).sum(dim=1, keepdim=True)
     equal = logits == value

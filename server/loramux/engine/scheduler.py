@@ -1,9 +1,10 @@
 """Which tokens of which sequences go through the model next. Policy only: imports no torch, moves no tensor.
 
-The order of service is static: arrival, less priority x priority_seconds. So whatever comes later than that long
-waits behind, and nobody waits for ever. Within a step, running sequences' next tokens come first, then prefill chunks
-in that order. A sequence that may not start yet (its adapter is loading) is passed over and keeps its place; one that
-may but does not fit stops the admission of those behind it, for small requests would starve a large one otherwise.
+The order of service is static: arrival, less priority x priority_seconds. So whatever comes later than that
+long waits behind, and nobody waits for ever. Within a step, running sequences' next tokens come first, then
+prefill chunks in that order. A sequence that may not start yet (its adapter is loading) is passed over and
+keeps its place; one that may but does not fit stops the admission of those behind it, for small requests
+would starve a large one otherwise.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Scheduler:
         return rows
 
     def _make_room(self, seq: Sequence) -> bool:
-        """Reserve the blocks that `seq` needs, preempting from the back of the order; False if that was itself.
+        """Reserve the blocks that `seq` needs, preempting from the back of the order; False if that is `seq`.
 
         The front sequence is never preempted and one sequence always fits alone, so there is always progress.
         """
@@ -88,14 +89,14 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the queue, at its old place; its tokens are computed again later (or come from the cache)."""
+        """Back to the queue, at its old place; its tokens are computed again, or come from the cache."""
         self.preemptions += 1
         self.running.remove(seq)
         self.kv.release(seq)
         self.add(seq)
 
     def _prefill_chunks(self, rows: list[Row], candidates: list[Sequence]) -> None:
-        """Spend what is left of the token budget on prompts, running and new ones alike in the order of service."""
+        """Spend the rest of the budget on prompts, running and new ones alike, in the order of service."""
         budget = self.settings.max_batch_tokens - len(rows)
         started = [seq for seq in self.running if seq.pending > 1]
         admitting = True

@@ -30,7 +30,7 @@ class Sequence:
     tokens    int64: the prompt, then the output
     computed  the first `computed` tokens have their keys and values in `blocks`
     blocks    int32: KV block ids in order; written by KVCache only
-    keys      prefix-cache keys of the full blocks, as far as they were needed; valid for ever, tokens only grow
+    keys      prefix-cache keys of the full blocks, as far as needed; always valid, since tokens only grow
     committed the first `committed` blocks are full and offered to others
     end       the sequence has its full length with this many tokens
     """
@@ -63,7 +63,7 @@ class Sequence:
         return len(self.tokens) - len(self.group.request.prompt_ids)
 
     def accept(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """Append a generated token; return the text that it made certain, and why the sequence ends, if it does.
+        """Append a generated token; return the text that is certain now, and why the sequence ends, if so.
 
         min_new_tokens tokens come before the one that may end the sequence by a stop token or string.
         """

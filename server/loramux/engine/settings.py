@@ -1,4 +1,4 @@
-"""How the engine is set up: sizes of its batches and queues, and the limits that requests must keep. Imports no torch."""
+"""How the engine is set up: sizes of batches and queues, and limits of requests. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Frozen at start. Counts are of sequences, tokens, requests or characters, as named; durations are seconds.
+    """Frozen at start. Counts are of what their names say; durations are seconds.
 
     block_size is what the model allocates its KV cache with; the engine reads the model's own value.
-    max_batch_rows sequences run at once and max_batch_tokens tokens go through the model in one step; the second is
-    not below the first, so that every running sequence gets its token in every step.
+    max_batch_rows sequences run at once and max_batch_tokens tokens go through the model in one step; the
+    second is not below the first, so that every running sequence gets its token in every step.
     max_queue requests may wait to start. A reader that is max_pending_tokens behind loses its request.
-    One point of priority is worth priority_seconds of waiting: that is what keeps low priorities from starving.
-    load_poll_seconds bounds how late the engine notices a finished adapter load that nobody announced with `wake`.
+    One point of priority is worth priority_seconds of waiting: that keeps low priorities from starving.
+    load_poll_seconds bounds how late the engine notices an adapter load that nobody announced with `wake`.
     """
 
     block_size: int = 16
@@ -41,7 +41,9 @@ class EngineSettings:
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other."""
         if min(self.block_size, self.max_batch_rows, self.max_queue, self.max_pending_tokens) < 1:
-            raise ValueError("block_size, max_batch_rows, max_queue and max_pending_tokens must be at least 1")
+            raise ValueError(
+                "block_size, max_batch_rows, max_queue and max_pending_tokens must be at least 1"
+            )
         if self.max_batch_tokens < self.max_batch_rows:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must not be below max_batch_rows "

@@ -21,8 +21,8 @@ class StepSeconds:
 class EngineStats:
     """Gauges are of this moment, everything that counts up is since the start.
 
-    A request is running if at least one of its sequences holds a place in the batch, otherwise it is waiting. The
-    adapter maps count requests by adapter name; the base has the empty name.
+    A request is running if at least one of its sequences holds a place in the batch, otherwise it is waiting.
+    The adapter maps count requests by adapter name; the base has the empty name.
     """
 
     running: int = 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class _Pattern:
-    """Knuth–Morris–Pratt: how many characters of `text` the end of the stream matches. Constant time a character."""
+    """Knuth–Morris–Pratt: how many characters of `text` the stream ends with. Constant time a character."""
 
     __slots__ = ("fallback", "matched", "text")
 
@@ -33,8 +33,11 @@ class _Pattern:
 
 
 class StopScanner:
-    """`found` is the stop string that ended the text, or "". The first character that completes one ends the text;
-    if it completes several, the longest counts. Its characters are never given out."""
+    """`found` is the stop string that ended the text, or "".
+
+    The first character that completes one ends the text; if it completes several, the longest counts. The
+    characters of a stop string are never given out.
+    """
 
     __slots__ = ("_held", "_patterns", "found")
 

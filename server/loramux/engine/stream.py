@@ -11,8 +11,10 @@ from loramux.engine.request import Delta, Event, Request, SequenceFinished
 class Stream:
     """A buffer that never makes the writer wait: unread deltas of one sequence become one delta."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, since: float) -> None:
+        """`since` is when it was admitted, in time.monotonic() seconds."""
         self.request = request
+        self.since = since
         self.ended = False  # the engine has said its last word
         self.pending_tokens = 0  # tokens that nobody has read yet
         self._events: deque[Event] = deque()

@@ -14,7 +14,7 @@ def _mix(x: int) -> int:
 
 
 def uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits for output token `position` of sequence `index` of a seeded request.
+    """A number in [0, 1) with 53 random bits: for output token `position` of sequence `index`.
 
     The same three numbers give the same answer for ever: on any machine, in any batch, after any preemption.
     """

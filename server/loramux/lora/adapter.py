@@ -52,9 +52,7 @@ class Adapter:
         return len(self.weights)
 
     @classmethod
-    def build(
-        cls, files: AdapterFiles, sites: Sequence[Site], device: torch.device, dtype: torch.dtype
-    ) -> Adapter:
+    def build(cls, files: AdapterFiles, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> Adapter:
         """Lay out, scale and cast on the host, then place with one allocation and one copy.
 
         Raises InvalidAdapter for a tensor whose scaled numbers do not fit into `dtype`.
@@ -77,9 +75,7 @@ class Adapter:
             ranks[f.site.index] = f.rank
         buffer = host.to(device)
         assert buffer.data_ptr() % ALIGN_BYTES == 0, "torch allocates at 64-byte boundaries"
-        weights = {
-            f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors
-        }
+        weights = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
         targets = tuple(sorted({f.site.name.rpartition(".")[2] for f in files.factors}))
         return cls(buffer, MappingProxyType(weights), offsets, ranks, files.digest, targets)
 

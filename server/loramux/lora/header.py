@@ -60,9 +60,7 @@ def parse_header(header: bytes, file_bytes: int, limits: ReadLimits) -> tuple[Te
     if len(fields) > limits.tensors:
         raise _corrupt(f"has {len(fields)} tensors; the limit is {limits.tensors}")
     data = LENGTH_BYTES + len(header)
-    entries = sorted(
-        (_entry(key, value, data) for key, value in fields.items()), key=lambda e: (e.start, e.nbytes)
-    )
+    entries = sorted((_entry(key, value, data) for key, value in fields.items()), key=lambda e: (e.start, e.nbytes))
     end = data
     for entry in entries:
         if entry.start != end:
@@ -109,9 +107,7 @@ def _entry(key: str, value: object, data: int) -> TensorEntry:
     start, end = offsets
     nbytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - start != nbytes:
-        raise _corrupt(
-            f"{key!r} is {dtype} {shape}, that is {nbytes} bytes, but its data_offsets span {end - start}"
-        )
+        raise _corrupt(f"{key!r} is {dtype} {shape}, that is {nbytes} bytes, but its data_offsets span {end - start}")
     return TensorEntry(key, dtype, tuple(shape), data + start, nbytes)
 
 

@@ -83,14 +83,10 @@ def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, S
             return fits[0]
         if fits:
             first = next(iter(modules))
-            raise _mismatch(
-                first, f"fits the base in {len(fits)} places: {', '.join(f[first].name for f in fits)}"
-            )
+            raise _mismatch(first, f"fits the base in {len(fits)} places: {', '.join(f[first].name for f in fits)}")
     for key in keys:
         if key.module not in by_name:
-            raise _mismatch(
-                key.key, f"matches no linear layer of the base; {_neighbours(key.module, by_name)}"
-            )
+            raise _mismatch(key.key, f"matches no linear layer of the base; {_neighbours(key.module, by_name)}")
     return {module: by_name[module] for module in modules}
 
 

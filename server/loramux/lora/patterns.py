@@ -57,9 +57,7 @@ def compile_pattern(field: str, key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise InvalidAdapter(
-            shown, f"is not a regular expression: {error}", reason="INVALID_CONFIG"
-        ) from None
+        raise InvalidAdapter(shown, f"is not a regular expression: {error}", reason="INVALID_CONFIG") from None
 
 
 def _work(key: str) -> float:

@@ -57,9 +57,7 @@ _REFUSED_FIELDS: Mapping[str, str] = {
 }
 # Of those, the ones for which an empty container means "not used" to PEFT. For the others {} turns the method
 # on.
-_EMPTY_IS_UNUSED = frozenset(
-    {"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"}
-)
+_EMPTY_IS_UNUSED = frozenset({"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"})
 _NOT_LINEAR_TARGETS = frozenset({"embed_tokens", "wte", "wpe", "embed_in", "lm_head", "embed_out"})
 
 
@@ -148,9 +146,7 @@ def parse_config(data: bytes) -> PeftConfig:
     try:
         config = PeftConfig.model_validate(fields)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]
-        ]
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
         raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
     _check_method(config)
     _check_init(config.init_lora_weights)
@@ -186,13 +182,10 @@ def _check_method(config: PeftConfig) -> None:
     if config.peft_type != "LORA":
         _refuse(
             "peft_type",
-            f"{config.peft_type!r} is not served, only 'LORA' is; peft's `save_as_lora` writes many methods "
-            "as LoRA",
+            f"{config.peft_type!r} is not served, only 'LORA' is; peft's `save_as_lora` writes many methods as LoRA",
         )
     if config.bias != "none":
-        _refuse(
-            "bias", f"{config.bias!r} changes biases of the base, which all adapters share; train with 'none'"
-        )
+        _refuse("bias", f"{config.bias!r} changes biases of the base, which all adapters share; train with 'none'")
     for field, way_out in _REFUSED_FIELDS.items():
         value = getattr(config, field)
         unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))
@@ -218,9 +211,7 @@ def _check_init(value: bool | str | None) -> None:
 
 
 def _check_targets(config: PeftConfig) -> None:
-    targets = (
-        config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
-    )
+    targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
     for target in targets:
         if target.rpartition(".")[2] in _NOT_LINEAR_TARGETS:
             _refuse(

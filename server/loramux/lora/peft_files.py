@@ -58,15 +58,12 @@ def read_adapter(folder: Path, sites: Sequence[Site], *, limits: ReadLimits) -> 
     by_module = match_sites(keys, sites)
     parts = _by_module(keys, snapshot.entries)
     factors = [
-        _site_factors(module, by_module[module], parts[module], snapshot, config, limits)
-        for module in by_module
+        _site_factors(module, by_module[module], parts[module], snapshot, config, limits) for module in by_module
     ]
     return AdapterFiles(config, snapshot.digest, tuple(sorted(factors, key=lambda f: f.site.index)))
 
 
-def _by_module(
-    keys: Sequence[FactorKey], entries: Sequence[TensorEntry]
-) -> dict[str, dict[str, TensorEntry]]:
+def _by_module(keys: Sequence[FactorKey], entries: Sequence[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
     """Module → part → entry. Two tensors for one part (two adapters in one file) are refused."""
     found: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in zip(keys, entries, strict=True):
@@ -135,9 +132,7 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
                 metadata={"tensor_rank": found, "config_rank": rank},
             )
     if rank > limits.rank:
-        raise InvalidAdapter(
-            a.key, f"has rank {rank}; the limit is {limits.rank}", reason="ADAPTER_TOO_LARGE"
-        )
+        raise InvalidAdapter(a.key, f"has rank {rank}; the limit is {limits.rank}", reason="ADAPTER_TOO_LARGE")
     if "bias" in parts and parts["bias"].shape != (site.out_features,):
         raise InvalidAdapter(
             parts["bias"].key,
@@ -146,9 +141,7 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
         )
 
 
-def _other_base(
-    entry: TensorEntry, site: Site, what: str, found: int, side: str, size: int
-) -> InvalidAdapter:
+def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str, size: int) -> InvalidAdapter:
     return InvalidAdapter(
         entry.key,
         f"has {found} {what} (shape {list(entry.shape)}), but {site.name} of this base has {size} {side} "
@@ -161,15 +154,12 @@ def _other_base(
 def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:
     """The entry's numbers as a view into the snapshot; all of them finite."""
     dtype = _DTYPES[entry.dtype]
-    flat = torch.frombuffer(
-        snapshot.weights, dtype=dtype, count=entry.nbytes // dtype.itemsize, offset=entry.start
-    )
+    flat = torch.frombuffer(snapshot.weights, dtype=dtype, count=entry.nbytes // dtype.itemsize, offset=entry.start)
     if not bool(torch.isfinite(flat).all()):
         bad = int((~torch.isfinite(flat)).sum())
         raise InvalidAdapter(
             entry.key,
-            f"holds {bad} NaN or Inf among {flat.numel()} numbers; the training diverged or the file is "
-            "damaged",
+            f"holds {bad} NaN or Inf among {flat.numel()} numbers; the training diverged or the file is damaged",
             reason="NOT_FINITE",
         )
     return flat.view(entry.shape)

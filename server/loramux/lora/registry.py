@@ -1,86 +1,22 @@
 """Which adapters there are, who uses them and what they take: the rules, without files, tensors or waiting.
 
-Owned by the event loop's thread. Every method is plain and synchronous: no lock, no I/O, no await, so each is one
-step for everybody else. The engine's thread only reads `weights` and `error` of entries that its requests leased.
+Owned by the event loop's thread. Every method is plain and synchronous: no lock, no I/O, no await, so each is
+one step for everybody else. The engine's thread only reads `weights` and `error` of entries that its requests
+leased.
 
 Life of an entry: LOADING → READY → DRAINING → UNLOADED, or LOADING → FAILED → UNLOADED.
 """
 
 from __future__ import annotations
 
-import enum
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
 
-from loramux.errors import AdapterNotFound, AdapterUnavailable, LoramuxError, Overloaded
+from loramux.errors import AdapterNotFound, AdapterUnavailable, LoramuxError
+from loramux.lora.budget import ByteBudget
+from loramux.lora.entry import AdapterEntry, LoadedAdapter, Residency, State
 from loramux.lora.subscription import Subscription
-
-
-class State(enum.Enum):
-    """Where an adapter is in its life; see AdapterState in adapters.proto."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
-    UNLOADED = "unloaded"
-
-
-class Residency(enum.Enum):
-    """Where an adapter's weights are."""
-
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
-
-
-class LoadedAdapter(Protocol):
-    """What a load gives (lora.adapter.Adapter is one). `weights` maps site index → LoraWeights."""
-
-    @property
-    def weights(self) -> Mapping[int, Any]: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def max_rank(self) -> int: ...
-    @property
-    def target_modules(self) -> Sequence[str]: ...
-    @property
-    def site_count(self) -> int: ...
-
-
-@dataclass(slots=True, eq=False)
-class AdapterEntry:
-    """One load of one adapter. Only the registry writes to it; it is also the handle that requests hold.
-
-    `weights` is set when it becomes READY and taken away when its last request is gone. `error` is set if the load
-    fails. `leases` are the ids of the requests that use it: a set, so that taking and giving back twice is harmless.
-    `loaded_at` and `last_used_at` are seconds since the epoch; 0 is never.
-    """
-
-    name: str
-    uid: str
-    source: str
-    pinned: bool
-    digest: str = ""
-    state: State = State.LOADING
-    residency: Residency = Residency.DISK
-    leases: set[str] = field(default_factory=set)
-    nbytes: int = 0
-    max_rank: int = 0
-    target_modules: tuple[str, ...] = ()
-    site_count: int = 0
-    loaded_at: float = 0.0
-    last_used_at: float = 0.0
-    load_seconds: float = 0.0
-    error: LoramuxError | None = None
-    weights: Mapping[int, Any] | None = None
-
 
 Listener = Callable[[AdapterEntry], None]
 
@@ -91,29 +27,15 @@ class AdapterRegistry:
     `device_budget` is the most bytes of adapters, loaded or reserved for a load; None is no bound.
     """
 
-    def __init__(
-        self, *, device_budget: int | None = None, clock: Callable[[], float] = time.time
-    ) -> None:
-        self.device_budget = device_budget
+    def __init__(self, *, device_budget: int | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.budget = ByteBudget(device_budget)
         self._clock = clock
         self._names: dict[str, AdapterEntry] = {}  # what a client's name means now
         self._replacing: dict[str, AdapterEntry] = {}  # LOADING, to take over a READY name
         self._entries: dict[str, AdapterEntry] = {}  # by uid: all that are not UNLOADED
-        self._reserved: dict[str, int] = {}  # uid → bytes set aside for a load that runs
-        self._bytes = 0  # of READY and DRAINING entries
         self._listeners: list[Listener] = []
 
     # What there is.
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of loaded adapters, without those that only drain or are reserved set apart."""
-        return self._bytes
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes set aside for loads that run."""
-        return sum(self._reserved.values())
 
     def find(self, name: str) -> AdapterEntry | None:
         """What `name` means now: LOADING, READY or FAILED."""
@@ -150,10 +72,7 @@ class AdapterRegistry:
         entry = self.get(name)
         if entry.state is State.FAILED:
             assert entry.error is not None
-            raise AdapterUnavailable(
-                f"adapter {name!r} failed to load: {entry.error.message}",
-                metadata={"adapter": name, "cause": entry.error.reason},
-            )
+            raise _unavailable(name, entry.error.message, entry.error.metadata["cause"])
         assert entry.state in (State.LOADING, State.READY), entry
         entry.leases.add(request_id)
         entry.last_used_at = self._clock()
@@ -183,31 +102,6 @@ class AdapterRegistry:
         self._changed(entry)
         return entry
 
-    def reserve(self, key: str, nbytes: int, *, what: str) -> None:
-        """Set bytes aside under `key` (a uid), instead of what was set aside under it before.
-
-        Raises Overloaded (ADAPTER_BUDGET_EXCEEDED) with the figures; then what was set aside before still is.
-        """
-        assert nbytes >= 0
-        taken = self._bytes + self.reserved_bytes - self._reserved.get(key, 0)
-        if self.device_budget is not None and taken + nbytes > self.device_budget:
-            raise Overloaded(
-                f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of "
-                f"{_mib(self.device_budget)} are taken; unload an adapter or raise --adapter-memory",
-                retry_after=5.0,
-                reason="ADAPTER_BUDGET_EXCEEDED",
-                metadata={
-                    "needed_bytes": nbytes,
-                    "used_bytes": taken,
-                    "budget_bytes": self.device_budget,
-                },
-            )
-        self._reserved[key] = nbytes
-
-    def unreserve(self, key: str) -> None:
-        """Give set-aside bytes back; harmless if there are none."""
-        self._reserved.pop(key, None)
-
     def ready(self, uid: str, loaded: LoadedAdapter, *, load_seconds: float = 0.0) -> AdapterEntry:
         """LOADING → READY; the name now means this entry, and what it replaces drains.
 
@@ -216,9 +110,7 @@ class AdapterRegistry:
         """
         entry = self._entries[uid]
         assert entry.state is State.LOADING, entry
-        self.reserve(uid, loaded.nbytes, what=f"adapter {entry.name!r}")
-        self.unreserve(uid)
-        self._bytes += loaded.nbytes
+        self.budget.take(uid, loaded.nbytes, what=f"adapter {entry.name!r}")
         entry.nbytes = loaded.nbytes
         entry.digest = loaded.digest
         entry.max_rank = loaded.max_rank
@@ -242,14 +134,16 @@ class AdapterRegistry:
     def fail(self, uid: str, error: LoramuxError) -> AdapterEntry:
         """LOADING → FAILED with the reason; requests that wait for it see `error`.
 
-        A first load leaves a FAILED entry under the name, without memory, until the next load or unload. A failed
-        replacement is gone at once, and what it was to replace serves on. The reservation stays until
-        `unreserve`: the worker may still hold its memory.
+        A first load leaves a FAILED entry under the name, without memory, until the next load or unload. A
+        failed replacement is gone at once, and what it was to replace serves on. What the load reserved is
+        the loader's to give back: a worker may still hold that memory.
         """
         entry = self._entries[uid]
         assert entry.state is State.LOADING, entry
         entry.state = State.FAILED
-        entry.error = error
+        # A new exception: the old one's traceback would keep the reader's frames, and all that they hold,
+        # alive.
+        entry.error = _unavailable(entry.name, error.message, error.reason)
         if self._replacing.get(entry.name) is entry:
             del self._replacing[entry.name]
             del self._entries[uid]
@@ -257,7 +151,8 @@ class AdapterRegistry:
         return entry
 
     def unload(self, name: str) -> AdapterEntry:
-        """Take the name away: READY → DRAINING, and UNLOADED at once if no request holds it; FAILED → UNLOADED.
+        """Take the name away: READY → DRAINING, and UNLOADED at once if no request holds it; FAILED →
+        UNLOADED.
 
         Loads of the name must have ended before. Raises AdapterNotFound.
         """
@@ -292,8 +187,7 @@ class AdapterRegistry:
             del self._names[entry.name]
         del self._entries[entry.uid]
         if entry.state is State.DRAINING:
-            self._bytes -= entry.nbytes
-            assert self._bytes >= 0
+            self.budget.give_back(entry.uid)
         entry.weights = None  # the last reference to the memory
         entry.residency = Residency.DISK
         entry.state = State.UNLOADED
@@ -302,7 +196,10 @@ class AdapterRegistry:
     # Those who want to know.
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(entry)` after every change of state; it must be quick and not raise. Returns the way to stop."""
+        """Call `listener(entry)` after every change of state; it must be quick and not raise.
+
+        Returns the way to stop.
+        """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
 
@@ -339,9 +236,10 @@ class AdapterRegistry:
             assert (entry.error is not None) is (entry.state is State.FAILED), entry
             assert entry.leases or entry.state is not State.DRAINING, "drained, but not dropped"
             assert entry.state in (State.READY, State.DRAINING) or entry.nbytes == 0, entry
-        assert self._bytes == sum(entry.nbytes for entry in self._entries.values())
-        assert self.device_budget is None or self._bytes + self.reserved_bytes <= self.device_budget
+        assert self.budget.used == sum(entry.nbytes for entry in self._entries.values())
+        self.budget.check()
 
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
+def _unavailable(name: str, why: str, cause: str) -> AdapterUnavailable:
+    prefix = f"adapter {name!r} failed to load: "
+    return AdapterUnavailable(prefix + why.removeprefix(prefix), metadata={"adapter": name, "cause": cause})

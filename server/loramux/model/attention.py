@@ -35,7 +35,8 @@ def paged_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, H_kv, T, ·] → ([1, T, H, D_v], None), over the step's paged batch."""
-    step: Step = module.loramux_step
+    step = module.loramux_step
+    assert isinstance(step, Step)
     if attention_mask is not None or kwargs.get("is_causal") is False:
         raise FlatAttentionError("its attention builds a mask of its own")
     if kwargs.get("position_bias") is not None or kwargs.get("alibi") is not None:

@@ -66,9 +66,7 @@ class CausalLM:
         self.num_kv_blocks = 0
         config = skeleton.config
         nf4 = [m.part.weight for m in linears if m.part is not None]
-        dense = list(skeleton.parameters()) + [
-            m.part.bias for m in linears if m.part and m.part.bias is not None
-        ]
+        dense = list(skeleton.parameters()) + [m.part.bias for m in linears if m.part and m.part.bias is not None]
         self.facts = ModelFacts(
             name=name,
             architecture=type(skeleton).__name__,
@@ -105,9 +103,7 @@ class CausalLM:
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> None:
         """Replace the cache by one of `num_blocks` blocks of `block_size` tokens."""
-        shapes = {
-            i: (c.keys.shape[2], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()
-        }
+        shapes = {i: (c.keys.shape[2], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()}
         self._step.caches.clear()
         for layer, (heads, key_dim, value_dim) in sorted(shapes.items()):
             self._step.caches[layer] = LayerCache.allocate(
@@ -173,7 +169,9 @@ def flat_inputs(
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    starts, contexts, tables, rows = [0], [], [], []
+    starts, contexts = [0], []
+    tables: list[list[int]] = []
+    rows: list[int] = []
     next_block = 0
     for tokens, cached in sequences:
         blocks = -(-max(len(tokens), reserve) // block_size)

@@ -18,9 +18,7 @@ from loramux.model.weights import WeightReader, parameters
 SHARD_BYTES = 2 << 30
 
 
-def write_checkpoint(
-    source: TensorSource, out: Path, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[tuple[int, int]]:
+def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[int, int]]:
     """Write `source` into the existing folder `out` with its linear layers in NF4, the rest in `dtype`.
 
     Yields (tensors done, tensors in all). At most one shard is in memory. config.json, generation_config.json and the
@@ -100,7 +98,7 @@ class _Shards:
         if count == 1:
             self._files[0][0].rename(self._folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, (path, keys) in enumerate(self._files, 1):
             name = f"model-{i:05}-of-{count:05}.safetensors"
             path.rename(self._folder / name)

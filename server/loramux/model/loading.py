@@ -47,7 +47,7 @@ def load_model(
     """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4.
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
-    adapters are computed in. max_context lowers the model's own limit. progress(done, total) is called after each
+    adapters are computed in. max_context lowers the model's own limit (and never raises it). progress(done, total) is called after each
     tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
     """
     place = pick_device(device)
@@ -121,7 +121,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def _eos_token_ids(source: TensorSource) -> frozenset[int]:
-    found: set[int] = set()
+    found: set[int | None] = set()
     for holder in (source.generation_config, source.config):
         value = getattr(holder, "eos_token_id", None)
         found |= set(value) if isinstance(value, list) else {value}
@@ -136,8 +136,4 @@ def _context(source: TensorSource, wanted: int | None) -> int:
         if wanted is None:
             raise UnsupportedModel(f"{source.name}: its config names no context length; give --max-context")
         return wanted
-    if wanted is not None and wanted > own:
-        raise StartupError(
-            f"--max-context {wanted} is more than the {own} tokens that {source.name} was made for"
-        )
-    return wanted or int(own)
+    return int(own) if wanted is None else min(wanted, int(own))

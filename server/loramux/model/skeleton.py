@@ -23,11 +23,11 @@ def meta_parameters() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
         original(module, name, param)
 
-    nn.Module.register_parameter = register
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = original
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -61,7 +61,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
         ) from error
     except (ValueError, ImportError, TypeError) as error:
         raise UnsupportedModel(f"{name}: transformers cannot build this model: {error}") from error
-    return model.eval()
+    skeleton: PreTrainedModel = model.eval()
+    return skeleton
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

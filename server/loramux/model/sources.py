@@ -47,9 +47,7 @@ class FolderSource(TensorSource):
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         if not (folder / "config.json").is_file():
-            raise StartupError(
-                f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?"
-            )
+            raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
         try:
             self.config = AutoConfig.from_pretrained(folder)
         except (ValueError, KeyError, OSError) as error:
@@ -82,9 +80,7 @@ class FolderSource(TensorSource):
                 with safe_open(path, framework="pt") as opened:
                     files.update(dict.fromkeys(opened.keys(), path))
             except (SafetensorError, OSError) as error:
-                raise StartupError(
-                    f"{self.name}: {path.name} is not a readable safetensors file: {error}"
-                ) from error
+                raise StartupError(f"{self.name}: {path.name} is not a readable safetensors file: {error}") from error
         if not files:
             pickled = [p.name for p in folder.glob("*.bin")]
             hint = (
@@ -98,9 +94,7 @@ class FolderSource(TensorSource):
         if index.is_file():
             listed = set(json.loads(index.read_text())["weight_map"])
             if missing := sorted(listed - set(files)):
-                raise StartupError(
-                    f"{self.name}: {len(missing)} tensors of the index are missing, e.g. {missing[0]}"
-                )
+                raise StartupError(f"{self.name}: {len(missing)} tensors of the index are missing, e.g. {missing[0]}")
         return files
 
     def keys(self) -> Iterable[str]:
@@ -109,7 +103,8 @@ class FolderSource(TensorSource):
     def get(self, key: str) -> Tensor:
         # Opened for each tensor: the mapping, and with it the pages read, goes when the tensor does.
         with safe_open(self._files[key], framework="pt") as opened:
-            return opened.get_tensor(key)
+            tensor: Tensor = opened.get_tensor(key)
+            return tensor
 
     def companions(self, key: str) -> list[str]:
         return self._companions.get(key, [])
@@ -135,7 +130,7 @@ class GgufSource(TensorSource):
         self.config = model.config
         self.generation_config = model.generation_config
         self.tokenizer = _tokenizer(path.parent, path.name)
-        self._tensors = dict(model.state_dict())
+        self._tensors: dict[str, Tensor] = dict(model.state_dict())
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -154,9 +149,7 @@ def open_source(model: str, *, revision: str | None = None) -> TensorSource:
         return FolderSource(path, model)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise StartupError(
-                f"{model}: a model is a Hugging Face folder or id, a .gguf file, or one of {_names()}"
-            )
+            raise StartupError(f"{model}: a model is a Hugging Face folder or id, a .gguf file, or one of {_names()}")
         return GgufSource(path, model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return FolderSource(_download(model, revision), model)
@@ -197,9 +190,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
 
 def _tokenizer(folder: Path, gguf: str | None) -> object | None:
     options = {} if gguf is None else {"gguf_file": gguf}
-    if gguf is None and not any(
-        (folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    ):
+    if gguf is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, **options)

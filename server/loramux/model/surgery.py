@@ -57,7 +57,7 @@ def connect(model: PreTrainedModel, linears: tuple[SiteLinear, ...], step: Step)
                 if len({m.in_features for m in group}) == 1:
                     LinearGroup(group, step)
                 else:
-                    siblings |= {n: m for n, m in zip(names, group, strict=True)}
+                    siblings |= dict(zip(names, group, strict=True))
         for linear in siblings.values():
             LinearGroup([linear], step)
     for module in model.modules():

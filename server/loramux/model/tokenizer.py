@@ -44,12 +44,27 @@ class Tokenizer:
                 [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except TemplateError as error:
-            raise InvalidRequest(
-                "chat.messages", f"the base's chat template refuses them: {error}"
-            ) from error
+            raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 becomes U+FFFD."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
+
+
+class IdsOnly:
+    """Stands in where a model comes without tokenizer: token ids are served, text is refused."""
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """Decodes every id to nothing."""
+        return tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+
+    def encode(self, text: str) -> list[int]:
+        """Raises InvalidRequest."""
+        raise InvalidRequest("prompt", "this base model has no tokenizer; send `token_ids`")
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raises InvalidRequest."""
+        raise InvalidRequest("chat", "this base model has no tokenizer; send `token_ids`")

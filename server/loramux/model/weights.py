@@ -55,9 +55,7 @@ class WeightReader:
         stored = self._source.get(key)
         try:
             if stored.dtype == torch.uint8:
-                entries = {
-                    k.removeprefix(key + "."): self._source.get(k) for k in self._source.companions(key)
-                }
+                entries = {k.removeprefix(key + "."): self._source.get(k) for k in self._source.companions(key)}
                 weight = NF4Weight.from_checkpoint(stored, entries).to(device)
             else:
                 dense = stored.to(device)
@@ -79,9 +77,7 @@ def fill(
     """Load every weight of the skeleton, yielding the name of each as it is done (for progress bars)."""
     for linear in linears:
         site = linear.site
-        weight = reader.nf4(
-            f"{site.name}.weight", (site.out_features, site.in_features), device, site.transposed
-        )
+        weight = reader.nf4(f"{site.name}.weight", (site.out_features, site.in_features), device, site.transposed)
         bias = reader.dense(f"{site.name}.bias").to(device, dtype) if linear.has_bias else None
         linear.part = LinearPart(weight, bias)
         yield site.name

@@ -40,9 +40,7 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def linear(
-        self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]
-    ) -> tuple[Tensor, ...]:
+    def linear(self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]) -> tuple[Tensor, ...]:
         """y_p = W_p·x + bias_p + Σ weight·(B_p·(A_p·x) + lora_bias_p) for each part p.
 
         x [T, K] in float32, bfloat16 or float16; each y_p [T, N_p] in x's dtype. The parts share x (q/k/v, gate/up).

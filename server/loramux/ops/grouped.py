@@ -21,9 +21,7 @@ class GroupedBackend(Backend):
 
     name = "torch + bitsandbytes"
 
-    def linear(
-        self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]
-    ) -> tuple[Tensor, ...]:
+    def linear(self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]) -> tuple[Tensor, ...]:
         outputs = tuple(F.linear(x, part.weight.dequantize(x.dtype), part.bias) for part in parts)
         for segment in segments:
             rows = x[segment.start : segment.stop]

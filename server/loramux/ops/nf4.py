@@ -57,9 +57,7 @@ class NF4Weight:
         dense = weight.detach().to(torch.float32).contiguous()
         if not bool(torch.isfinite(dense).all()):
             raise ValueError("the weight holds NaN or infinite values")
-        codes, state = bnb.quantize_4bit(
-            dense, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
-        )
+        codes, state = bnb.quantize_4bit(dense, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
         return cls(
             shape=(dense.shape[0], dense.shape[1]),
             codes=codes.reshape(-1),

@@ -26,11 +26,12 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        """Zeroed, so that a row that was never written reads as finite numbers."""
+        """Zeroed, so that a row that was never written reads as finite numbers; and by hand, so that the memory is
+        taken now and not when traffic first comes along (torch.zeros gets pages that exist only once touched)."""
         shape = (num_blocks, block_size, kv_heads)
         return cls(
-            torch.zeros(*shape, key_dim, dtype=dtype, device=device),
-            torch.zeros(*shape, value_dim, dtype=dtype, device=device),
+            torch.empty(*shape, key_dim, dtype=dtype, device=device).zero_(),
+            torch.empty(*shape, value_dim, dtype=dtype, device=device).zero_(),
         )
 
 

@@ -31,9 +31,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def linear(
-        self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]
-    ) -> tuple[Tensor, ...]:
+    def linear(self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]) -> tuple[Tensor, ...]:
         rows = x.float()
         outputs = []
         for p, part in enumerate(parts):

@@ -8,6 +8,7 @@ called.
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -23,10 +24,19 @@ class BearerAuth(grpc.aio.ServerInterceptor):
     """Lets calls pass that carry `authorization: Bearer <key>`.
 
     `other_key` is the other port's key: who presents it is known, but on the wrong port (PERMISSION_DENIED).
+    `on_error` is told of every refusal.
     """
 
-    def __init__(self, key: str | None, *, scope: str, other_key: str | None) -> None:
+    def __init__(
+        self,
+        key: str | None,
+        *,
+        scope: str,
+        other_key: str | None,
+        on_error: Callable[[LoramuxError], None],
+    ) -> None:
         self._key = key
+        self._on_error = on_error
         self._scope = scope
         self._other_key = other_key
 
@@ -37,7 +47,10 @@ class BearerAuth(grpc.aio.ServerInterceptor):
         if self._key is None or handler is None or handler_call_details.method.startswith(_OPEN):
             return handler  # type: ignore[no-any-return]
         refusal = self._refusal(self._key, handler_call_details.invocation_metadata)
-        return handler if refusal is None else _denying(handler, refusal)
+        if refusal is None:
+            return handler  # type: ignore[no-any-return]
+        self._on_error(refusal)
+        return _denying(handler, refusal)
 
     def _refusal(self, key: str, metadata: Any) -> LoramuxError | None:
         given = [value for name, value in metadata or () if name == "authorization"]
@@ -49,15 +62,11 @@ class BearerAuth(grpc.aio.ServerInterceptor):
         scheme, _, token = given[0].partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or len(given) > 1:
-            return Unauthenticated(
-                "the authorization header must be 'Bearer <token>'", reason="TOKEN_INVALID"
-            )
+            return Unauthenticated("the authorization header must be 'Bearer <token>'", reason="TOKEN_INVALID")
         if _same(token, key):
             return None
         if self._other_key is not None and _same(token, self._other_key):
-            return WrongScope(
-                f"this token is not for the {self._scope} port", metadata={"scope": self._scope}
-            )
+            return WrongScope(f"this token is not for the {self._scope} port", metadata={"scope": self._scope})
         return Unauthenticated("the token is wrong", reason="TOKEN_INVALID")
 
 

@@ -66,9 +66,7 @@ def adapter_names(message: pb.GenerateRequest) -> list[tuple[str, float]]:
     seen: set[str] = set()
     for i, part in enumerate(message.mix):
         if not part.adapter:
-            raise InvalidRequest(
-                f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry"
-            )
+            raise InvalidRequest(f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry")
         if part.adapter in seen:
             raise InvalidRequest(f"mix[{i}].adapter", f"{part.adapter!r} is there twice; add its weights up")
         if not math.isfinite(part.weight):
@@ -81,9 +79,7 @@ def input_field(message: pb.GenerateRequest | pb.CountTokensRequest) -> str:
     """Which input is given: "prompt", "token_ids" or "chat". Raises InvalidRequest for none or an empty one."""
     kind: str | None = message.WhichOneof("input")
     if kind is None:
-        raise InvalidRequest(
-            "input", "is missing; give one of prompt, token_ids and chat", reason="EMPTY_PROMPT"
-        )
+        raise InvalidRequest("input", "is missing; give one of prompt, token_ids and chat", reason="EMPTY_PROMPT")
     if kind == "prompt" and not message.prompt:
         raise InvalidRequest("prompt", "is empty; give at least one character", reason="EMPTY_PROMPT")
     if kind == "token_ids" and not message.token_ids.ids:
@@ -97,9 +93,7 @@ def chat(message: pb.Chat) -> list[dict[str, str]]:
         raise InvalidRequest("chat.messages", "is empty; give at least one turn", reason="EMPTY_PROMPT")
     for i, turn in enumerate(message.messages):
         if turn.role not in ROLES:
-            raise InvalidRequest(
-                f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {turn.role!r}"
-            )
+            raise InvalidRequest(f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {turn.role!r}")
     return [{"role": turn.role, "content": turn.content} for turn in message.messages]
 
 
@@ -114,9 +108,7 @@ def resolved(adapters: Iterable[AdapterUse]) -> list[pb.ResolvedAdapter]:
 def token_logprobs(items: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]:
     """One message a token, with its alternatives."""
     return [
-        pb.TokenLogprob(
-            token_id=item.token_id, text=item.text, logprob=item.logprob, top=token_logprobs(item.top)
-        )
+        pb.TokenLogprob(token_id=item.token_id, text=item.text, logprob=item.logprob, top=token_logprobs(item.top))
         for item in items
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from loramux.engine.client import EngineClient
@@ -20,6 +20,7 @@ from loramux.errors import EngineFault
 from loramux.metrics import Metrics
 from loramux.rpc import convert
 from loramux.rpc.ports import Leases
+from loramux.rpc.telemetry import RequestWatch
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import generation_pb2 as pb
 
@@ -31,7 +32,7 @@ class Flight:
         self.request = request
         self.request_id = request_id
         self.handed_over = False
-        self._watch = metrics.watch(request)
+        self._watch = RequestWatch(metrics, request)
         self._events: AsyncGenerator[Event, None] = engine.generate(request)
         self._first: asyncio.Task[Event | None] | None = None
         self._first_seen = False
@@ -83,8 +84,17 @@ class Flight:
 class Admission:
     """Where requests become flights."""
 
-    def __init__(self, engine: EngineClient, leases: Leases, tokenizing: Tokenizing, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        leases: Leases,
+        tokenizing: Tokenizing,
+        metrics: Metrics,
+        check_open: Callable[[], None],
+    ) -> None:
+        """`check_open` raises what requests are refused with while the server starts or drains."""
         self._engine = engine
+        self._check_open = check_open
         self._leases = leases
         self._tokenizing = tokenizing
         self._metrics = metrics
@@ -93,8 +103,9 @@ class Admission:
     async def admit(self, message: pb.GenerateRequest, seconds_left: float | None) -> AsyncIterator[Flight]:
         """A flight for this message, closed on the way out. `seconds_left` to its deadline, None without.
 
-        Raises AdapterNotFound before anything else is done, then InvalidRequest or Overloaded.
+        Raises Draining, then AdapterNotFound before anything else is done, then InvalidRequest or Overloaded.
         """
+        self._check_open()
         arrival = time.monotonic()
         ticket = uuid.uuid4().hex  # callers may reuse their ids while a request of theirs is live
         adapters: list[AdapterUse] = []

@@ -55,9 +55,7 @@ def from_error(error: BaseException) -> status_pb2.Status:
     """
     if not isinstance(error, errors.LoramuxError) or isinstance(error, errors.StartupError):
         error = errors.EngineFault(OPAQUE)
-    status = status_pb2.Status(
-        code=grpc.StatusCode[error.status].value[0], message=_clip(error.message, _MAX_MESSAGE)
-    )
+    status = status_pb2.Status(code=grpc.StatusCode[error.status].value[0], message=_clip(error.message, _MAX_MESSAGE))
     metadata = list(error.metadata.items())[:_MAX_METADATA]
     info = details_pb2.ErrorInfo(
         reason=error.reason,
@@ -128,22 +126,16 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
     match code:
         case grpc.StatusCode.INVALID_ARGUMENT if "PreconditionFailure" in found:
             violation = found["PreconditionFailure"].violations[0]
-            return errors.InvalidAdapter(
-                violation.subject, violation.description, reason=reason, metadata=metadata
-            )
+            return errors.InvalidAdapter(violation.subject, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.INVALID_ARGUMENT if "BadRequest" in found:
             violation = found["BadRequest"].field_violations[0]
-            return errors.InvalidRequest(
-                violation.field, violation.description, reason=reason, metadata=metadata
-            )
+            return errors.InvalidRequest(violation.field, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.NOT_FOUND if "ResourceInfo" in found:
             return errors.AdapterNotFound(found["ResourceInfo"].resource_name)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
             return errors.InvalidRequest("request", message, reason="MESSAGE_TOO_LARGE")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return errors.Overloaded(
-                message, retry_after=_retry_after(found), reason=reason, metadata=metadata
-            )
+            return errors.Overloaded(message, retry_after=_retry_after(found), reason=reason, metadata=metadata)
         case grpc.StatusCode.UNAVAILABLE if info is not None:
             return errors.Draining(message, retry_after=_retry_after(found), metadata=metadata)
         case grpc.StatusCode.PERMISSION_DENIED if reason == errors.WrongScope.reason:

@@ -1,0 +1,118 @@
+"""Puts the rooms together: settings in, a server that is ready to start out. The only module that knows them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loramux.config import Settings
+from loramux.engine.loop import AsyncEngine
+from loramux.engine.request import Request
+from loramux.engine.settings import EngineSettings
+from loramux.lora.adapter import Adapter
+from loramux.lora.limits import ReadLimits
+from loramux.lora.manager import AdapterManager
+from loramux.lora.peft_files import read_adapter
+from loramux.lora.registry import AdapterRegistry
+from loramux.lora.roots import AdapterRoots
+from loramux.model.kv_capacity import kv_blocks
+from loramux.model.loading import LoadedModel, Progress, load_model
+from loramux.model.tokenizer import IdsOnly
+from loramux.rpc.ports import ModelInfo
+from loramux.rpc.server import Parts, Server
+
+LEAK_VARIABLE = "LORAMUX_TEST_LEAK"
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """A server and what it serves. `start` the engine, then the server; `drain` the server, then `stop` the engine."""
+
+    settings: Settings
+    loaded: LoadedModel
+    engine: AsyncEngine
+    adapters: AdapterManager
+    server: Server
+
+
+def prepare_model(settings: Settings, progress: Progress | None = None) -> LoadedModel:
+    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError."""
+    loaded = load_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_context=settings.max_context,
+        progress=progress,
+    )
+    model = loaded.model
+    block_size = EngineSettings().block_size
+    most = settings.max_batch_rows * -(-model.max_context // block_size)
+    model.allocate_kv(kv_blocks(model, settings.kv_memory, block_size, most), block_size)
+    return loaded
+
+
+def assemble(settings: Settings, loaded: LoadedModel) -> Application:
+    """Wire engine, adapters and faces around a prepared model. Call it on the event loop that will run them."""
+    model = loaded.model
+    tokenizer = loaded.tokenizer or IdsOnly()
+    registry = AdapterRegistry(device_budget=settings.adapter_memory)
+
+    def give_back(request: Request) -> None:
+        for use in request.adapters:
+            registry.release(use.handle.uid, request.request_id)
+
+    engine = AsyncEngine(
+        model,
+        tokenizer.backend,
+        EngineSettings(
+            max_batch_rows=settings.max_batch_rows,
+            max_batch_tokens=max(settings.max_batch_tokens, settings.max_batch_rows),
+            max_queue=settings.max_queue,
+            max_n=settings.max_n,
+            max_stop_strings=settings.max_stop_strings,
+            max_top_logprobs=settings.max_top_logprobs,
+            max_mix=settings.max_mix,
+        ),
+        on_finish=give_back,
+    )
+    limits = ReadLimits()
+    read = _leaking if os.environ.get(LEAK_VARIABLE) == "adapters" else _plain
+
+    def read_and_place(folder: Path) -> Adapter:
+        files = read_adapter(folder, model.sites, limits=limits)
+        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype))
+
+    adapters = AdapterManager(
+        registry,
+        AdapterRoots(settings.adapter_dir),
+        read_and_place,
+        limits=limits,
+        load_timeout=settings.load_timeout,
+    )
+    info = ModelInfo(
+        model=settings.model,
+        architecture=model.facts.architecture,
+        parameters=model.facts.parameters,
+        bits_per_weight=model.facts.bits_per_weight,
+        weight_bytes=model.facts.nf4_bytes + model.facts.dense_bytes,
+        device=model.facts.device,
+        kv_capacity_tokens=model.num_kv_blocks * model.block_size,
+        target_modules=tuple(sorted({site.name.rpartition(".")[2] for site in model.sites})),
+    )
+    server = Server(settings, Parts(engine, adapters, tokenizer, info))
+    return Application(settings, loaded, engine, adapters, server)
+
+
+_leaked: list[Adapter] = []
+
+
+def _plain(build: Callable[[], Adapter]) -> Adapter:
+    return build()
+
+
+def _leaking(build: Callable[[], Adapter]) -> Adapter:
+    """Keeps every adapter for good: the soak test must notice (`loadtest soak --seed-leak`)."""
+    _leaked.append(build())
+    return _leaked[-1]

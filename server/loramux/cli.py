@@ -1,0 +1,333 @@
+"""The command line: serve, demo, generate, adapters, quantize. Turns words into calls and errors into sentences.
+
+Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
+does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from loramux import config
+from loramux.errors import LoramuxError, StartupError
+
+app = typer.Typer(
+    name="loramux",
+    help="One NF4-quantized language model, many LoRA adapters, one gRPC server.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+adapters_app = typer.Typer(
+    name="adapters",
+    help="Load, unload and look at adapters of a running server (through its admin port).",
+    no_args_is_help=True,
+)
+app.add_typer(adapters_app)
+console = Console()
+errors = Console(stderr=True)
+
+Target = Annotated[str, typer.Option("--target", envvar="LORAMUX_TARGET", help="Public address of the server.")]
+Admin = Annotated[str, typer.Option("--admin", envvar="LORAMUX_ADMIN", help="Admin address of the server.")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="LORAMUX_API_KEY", help="Token, if the server has one.")
+]
+AdminKey = Annotated[
+    str | None, typer.Option("--admin-key", envvar="LORAMUX_ADMIN_KEY", help="Admin token, if the server has one.")
+]
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+
+
+def main() -> None:
+    """Entry point: runs a command and prints its error, if any, as one sentence."""
+    try:
+        app()
+    except StartupError as error:
+        _fail(error.message)
+    except LoramuxError as error:
+        _fail(f"{error.message} [{error.status} {error.reason}]")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {_plain(message)}", highlight=False, soft_wrap=True)
+    raise SystemExit(1)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each setting of `config`, with the help that stands there."""
+
+    def run(**given: Any) -> None:
+        known = config.options()
+        flags = {name: given.pop(name) for name in known}
+        own = {name: value for name, value in given.items() if name != "config_file"}
+        command(config.load(flags, file=given["config_file"]), **own)
+
+    parameters = [
+        inspect.Parameter(
+            "config_file",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None, typer.Option("--config", help="TOML file of settings; flags and LORAMUX_* go over it.")
+            ],
+        )
+    ]
+    for option in config.options().values():
+        shown = "" if option.default in (None, ()) else f" [dim]Default: {_shown(option.default)}.[/]"
+        declared = typer.Option(option.flag, help=_plain(option.help) + shown, metavar=option.metavar)
+        kind = list[str] | None if option.repeatable else str | None
+        parameters.append(
+            inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declared]
+            )
+        )
+    signature = inspect.signature(command, eval_str=True)
+    parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    return run
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, int) and default >= 1 << 20 and default % (1 << 20) == 0:
+        return f"{default >> 20}MiB"
+    return str(default)
+
+
+@app.command()
+@_with_settings
+def serve(
+    settings: config.Settings,
+    ports_file: Annotated[
+        Path | None, typer.Option(help="Write the addresses and the process id to this file, as JSON, once serving.")
+    ] = None,
+) -> None:
+    """Serve a base model and its adapters over gRPC until SIGTERM or Ctrl-C.
+
+    Examples:
+
+      loramux serve --adapter-dir adapters --adapter json --adapter sql
+
+      loramux serve --model ./Llama-3-8B --device cuda --adapter-memory 4GiB --host 0.0.0.0
+
+    Every flag can be given as LORAMUX_… in the environment or in the --config file.
+    """
+    from loramux.serve import run
+
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+    asyncio.run(run(settings, errors, ports_file))
+
+
+@app.command()
+def demo(
+    adapter_dir: Annotated[Path, typer.Option(help="Folder of adapters, each with an examples.json.")] = Path(
+        "adapters"
+    ),
+    model: Annotated[str, typer.Option(help="Base model, as for `serve`.")] = "smollm2",
+) -> None:
+    """Start a real server on loopback, send it one mixed batch over gRPC, print what came back, stop it.
+
+    The batch holds prompts for the base and for every adapter in the folder, all at the same time.
+    """
+    from loramux.demo import run
+
+    run(model, adapter_dir, console)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to send; - reads it from standard input.")],
+    adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter's name; empty is the base model.")] = "",
+    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
+    stats: Annotated[bool, typer.Option(help="Print tokens and timings to standard error.")] = False,
+    target: Target = "127.0.0.1:50051",
+    api_key: ApiKey = None,
+) -> None:
+    """Generate text from a running server; it appears as it is made.
+
+    Examples:
+
+      loramux generate "What is the capital of France?"
+
+      loramux generate --adapter date "Write this date in ISO 8601: the 3rd of March, 2021"
+    """
+    from loramux.answers import Finished
+    from loramux.client import Client
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    given: dict[str, Any] = {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
+    given |= {"mix": _mix(mix)} if mix else {}
+    given |= {"seed": seed} if seed is not None else {}
+    started = time.monotonic()
+    with Client(target, api_key=api_key) as client:
+        stream = client.stream(
+            **given,
+            adapter=adapter,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop or (),
+        )
+        last = None
+        for event in stream:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+            last = event
+    sys.stdout.write("\n")
+    if stats and isinstance(last, Finished):
+        usage, timings = last.usage, last.timings
+        errors.print(
+            f"[dim]{usage.prompt_tokens} prompt + {usage.completion_tokens} output tokens in "
+            f"{time.monotonic() - started:.2f} s; queue {timings.queue:.3f}, prefill {timings.prefill:.3f}, "
+            f"decode {timings.decode:.3f} s[/]",
+            highlight=False,
+        )
+
+
+def _mix(text: str) -> dict[str, float]:
+    weights = {}
+    for item in text.split(","):
+        name, equals, weight = item.partition("=")
+        try:
+            weights[name.strip()] = float(weight) if equals else 1.0
+        except ValueError:
+            raise typer.BadParameter(
+                f"{item!r}: write NAME=WEIGHT, e.g. sql=0.7,json=0.3", param_hint="--mix"
+            ) from None
+    return weights
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, .gguf file, or smollm2.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the NF4 checkpoint.")],
+) -> None:
+    """Write a model as an NF4 checkpoint (double quantization) that loramux and transformers + bitsandbytes load.
+
+    Example: loramux quantize ./Llama-3-8B ./Llama-3-8B-nf4
+    """
+    from loramux.progress import tensors
+    from loramux.quantize import quantize_to
+
+    with tensors(errors, f"Quantizing {source}") as progress:
+        size = quantize_to(source, out, progress)
+    console.print(f"Wrote {out}: {size / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}", highlight=False)
+
+
+@adapters_app.command("list")
+def adapters_list(
+    admin: Admin = "127.0.0.1:50052",
+    admin_key: AdminKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """All adapters with state, size, rank, targets and requests that hold them now."""
+    from loramux.client import AdminClient
+    from loramux.tables import adapters_table, as_dict
+
+    with AdminClient(admin, api_key=admin_key) as client:
+        found = client.list().adapters
+    if as_json:
+        for adapter in found:
+            print(json.dumps(as_dict(adapter)))
+    else:
+        console.print(adapters_table(found))
+
+
+@adapters_app.command("show")
+def adapters_show(name: Name, admin: Admin = "127.0.0.1:50052", admin_key: AdminKey = None) -> None:
+    """One adapter, everything known of it, as JSON."""
+    from loramux.client import AdminClient
+    from loramux.tables import as_dict
+
+    with AdminClient(admin, api_key=admin_key) as client:
+        console.print_json(data=as_dict(client.get(name)))
+
+
+@adapters_app.command("load")
+def adapters_load(
+    name: Name,
+    source: Annotated[str, typer.Argument(help="Folder under the server's adapter roots; empty: named like it.")] = "",
+    replace: Annotated[bool, typer.Option(help="Take the name over from other content.")] = False,
+    pin: Annotated[bool, typer.Option(help="Never evict it.")] = False,
+    validate_only: Annotated[bool, typer.Option(help="Only read and check the files.")] = False,
+    admin: Admin = "127.0.0.1:50052",
+    admin_key: AdminKey = None,
+) -> None:
+    """Load an adapter. Running requests never notice; with --replace they finish on the weights they began with."""
+    from loramux.client import AdminClient
+
+    with AdminClient(admin, api_key=admin_key) as client:
+        adapter = client.load(name, source, replace=replace, pin=pin, validate_only=validate_only)
+    verb = "is fit to load:" if validate_only else "is loaded as"
+    console.print(
+        f"{name} {verb} {adapter.uid or adapter.digest}: {adapter.sites} layers, rank ≤ {adapter.max_rank}, "
+        f"{adapter.device_bytes / 2**20:.2f} MiB, read in {adapter.load_seconds * 1e3:.0f} ms",
+        highlight=False,
+    )
+
+
+@adapters_app.command("unload")
+def adapters_unload(
+    name: Name,
+    drain_timeout: Annotated[float | None, typer.Option(help="Seconds that running requests may take.")] = None,
+    cancel: Annotated[bool, typer.Option(help="After the timeout, cancel what still runs.")] = False,
+    admin: Admin = "127.0.0.1:50052",
+    admin_key: AdminKey = None,
+) -> None:
+    """Unload an adapter: no new requests from now on, running ones finish, then its memory is freed."""
+    from loramux.client import AdminClient
+
+    with AdminClient(admin, api_key=admin_key) as client:
+        unloaded = client.unload(name, drain_timeout=drain_timeout, cancel_after_timeout=cancel)
+    console.print(
+        f"{name} unloaded: {unloaded.freed_bytes / 2**20:.2f} MiB freed, "
+        f"{unloaded.cancelled_requests} requests cancelled",
+        highlight=False,
+    )
+
+
+@adapters_app.command("pin")
+def adapters_pin(
+    name: Name,
+    off: Annotated[bool, typer.Option("--off", help="Unpin instead.")] = False,
+    admin: Admin = "127.0.0.1:50052",
+    admin_key: AdminKey = None,
+) -> None:
+    """Pin an adapter, so that it is never evicted."""
+    from loramux.client import AdminClient
+
+    with AdminClient(admin, api_key=admin_key) as client:
+        client.pin(name, not off)
+    console.print(f"{name} {'unpinned' if off else 'pinned'}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

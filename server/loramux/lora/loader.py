@@ -1,0 +1,177 @@
+"""Loading one adapter: the way from a source to a READY or FAILED entry. Imports no torch.
+
+Runs on the event loop; what touches files or the device runs in workers. What reading means is injected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, LoramuxError
+from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
+from loramux.lora.limits import ReadLimits
+from loramux.lora.registry import AdapterRegistry
+from loramux.lora.roots import AdapterRoots
+from loramux.lora.snapshot import folder_digest
+from loramux.lora.workers import Job, Workers, retrieve
+
+log = logging.getLogger(__name__)
+
+Outcome = tuple[AdapterEntry, bool]  # and whether it was loaded already
+
+
+class Loader:
+    """Runs loads: of one name one after another, of different names side by side. See AdapterManager."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        roots: AdapterRoots,
+        read: Callable[[Path], LoadedAdapter],
+        measure: Callable[[Path], int],
+        *,
+        limits: ReadLimits,
+        timeout: float,
+        workers: int,
+    ) -> None:
+        self._registry = registry
+        self._roots = roots
+        self._read = read
+        self._measure = measure
+        self._limits = limits
+        self._timeout = timeout
+        self._workers = Workers(workers, "loramux-adapters")
+        self._jobs: dict[asyncio.Task[Outcome], Job] = {}
+        self._loads: dict[str, asyncio.Task[Outcome]] = {}  # by name
+        self._closed = False
+
+    async def load(self, name: str, source: str, *, replace: bool, pin: bool) -> Outcome:
+        """See AdapterManager.load. Who waits here may go away: the load goes on."""
+        while (running := self._loads.get(name)) is not None:
+            await asyncio.wait({running})
+        job = self._job()
+        task = self._start(name, job, self._load(job, name, source, replace, pin))
+        self._loads[name] = task
+        return await asyncio.shield(task)
+
+    async def validate(self, name: str, source: str) -> AdapterEntry:
+        """Read and drop; the entry is in no registry."""
+        job = self._job()
+        entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source)))
+        return entry
+
+    async def abort(self, name: str, error: LoramuxError) -> bool:
+        """End the load of `name` that runs, if one does.
+
+        On return that load has left its last trace. A later one may have begun; it has not reached the
+        registry.
+        """
+        task = self._loads.get(name)
+        if task is None:
+            return False
+        self._jobs[task].abort(error)
+        await asyncio.wait({task})
+        return True
+
+    async def close(self, grace: float) -> None:
+        """Abort everything; wait up to `grace` seconds for threads."""
+        self._closed = True
+        for job in self._jobs.values():
+            job.abort(Draining("the server is shutting down"))
+        if self._jobs:
+            await asyncio.wait(set(self._jobs))
+        await self._workers.close(grace)
+
+    def _job(self) -> Job:
+        if self._closed:
+            raise Draining("the server is shutting down and loads no more adapters")
+        return Job(self._timeout)
+
+    def _start(self, name: str, job: Job, work: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._jobs[task] = job
+
+        def ended(task: asyncio.Task[Outcome]) -> None:
+            del self._jobs[task]
+            if self._loads.get(name) is task:
+                del self._loads[name]
+            retrieve(task)  # the caller may be gone
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _load(self, job: Job, name: str, source: str, replace: bool, pin: bool) -> Outcome:
+        started = asyncio.get_running_loop().time()
+        folder = await self._workers.run(job, self._roots.resolve, source)
+        current = self._registry.find(name)
+        if current is not None and current.state is State.READY:
+            # Hashed before anything is placed: what is loaded already must not need memory twice.
+            digest = await self._workers.run(job, folder_digest, folder, self._limits)
+            if digest == current.digest:
+                return (self._registry.pin(name, True) if pin else current), True
+            if not replace:
+                raise _name_taken(current, digest, folder)
+            pin = pin or current.pinned
+        entry = self._registry.begin(name, str(folder), pinned=pin)
+        with self._reservation(job, entry.uid):
+            try:
+                loaded = await self._read_within_budget(job, entry.uid, name, folder)
+                seconds = asyncio.get_running_loop().time() - started
+                return self._registry.ready(entry.uid, loaded, load_seconds=seconds), False
+            except asyncio.CancelledError:
+                self._registry.fail(entry.uid, Cancelled("the server stopped while it was loading"))
+                raise
+            except Exception as error:
+                known = _as_known(name, error)
+                self._registry.fail(entry.uid, known)
+                raise known from None
+
+    async def _validate(self, job: Job, name: str, source: str) -> Outcome:
+        folder = await self._workers.run(job, self._roots.resolve, source)
+        owner = f"validation {uuid.uuid4().hex}"
+        with self._reservation(job, owner):
+            try:
+                loaded = await self._read_within_budget(job, owner, name, folder)
+            except Exception as error:
+                raise _as_known(name, error) from None
+            entry = AdapterEntry(name, "", str(folder), False, loaded.digest, State.UNLOADED)
+            entry.nbytes, entry.max_rank = loaded.nbytes, loaded.max_rank
+            entry.target_modules, entry.site_count = tuple(loaded.target_modules), loaded.site_count
+            return entry, False
+
+    async def _read_within_budget(self, job: Job, owner: str, name: str, folder: Path) -> LoadedAdapter:
+        nbytes = await self._workers.run(job, self._measure, folder)
+        self._registry.budget.reserve(owner, nbytes, what=f"adapter {name!r}")
+        return await self._workers.run(job, self._read, folder)
+
+    @contextmanager
+    def _reservation(self, job: Job, owner: str) -> Iterator[None]:
+        """Give back what `owner` reserved; if a worker could not be stopped, only once it has ended."""
+        try:
+            yield
+        finally:
+            job.when_idle(lambda: self._registry.budget.unreserve(owner))
+
+
+def _name_taken(current: AdapterEntry, digest: str, folder: Path) -> AdapterExists:
+    return AdapterExists(
+        f"adapter {current.name!r} is loaded with other content ({current.digest} from {current.source}, not "
+        f"{digest} from {folder}); ask with replace to put this in its place, or use another name",
+        metadata={"adapter": current.name, "loaded": current.digest, "asked": digest},
+    )
+
+
+def _as_known(name: str, error: Exception) -> LoramuxError:
+    """`error` itself if it is one of ours. Others are for the log, with one sentence for the operator."""
+    if isinstance(error, LoramuxError):
+        return error
+    log.error("loading adapter %r failed", name, exc_info=error)
+    return AdapterUnavailable(
+        f"adapter {name!r} failed to load: {type(error).__name__}: {error}", reason="ADAPTER_LOAD_FAILED"
+    )

@@ -1,0 +1,197 @@
+"""What operators do with adapters while the server runs: load, replace, unload, pin, watch. Imports no torch.
+
+Runs on the event loop and does the waiting that the registry does not. Knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from loramux.errors import AdapterNotFound, Cancelled, DeadlineExceeded
+from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
+from loramux.lora.limits import ReadLimits
+from loramux.lora.loader import Loader
+from loramux.lora.registry import AdapterRegistry
+from loramux.lora.roots import WEIGHTS_FILE, AdapterRoots, check_name
+from loramux.lora.subscription import Subscription
+
+
+class Unloaded(NamedTuple):
+    """What an unload gave: bytes freed on the device, and how many requests were cancelled for it."""
+
+    freed_bytes: int
+    cancelled: int
+
+
+class AdapterManager:
+    """Used by one event loop, in its thread.
+
+    `read(folder)` reads, checks and places an adapter; `measure(folder)` says beforehand how many bytes it
+    will take (the weights file's size, if not given). Both run in a worker and may raise any LoramuxError.
+    `load_timeout` is in seconds, and so is `cancel_grace`: how long cancelled requests may take to end.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        roots: AdapterRoots,
+        read: Callable[[Path], LoadedAdapter],
+        *,
+        measure: Callable[[Path], int] | None = None,
+        limits: ReadLimits | None = None,
+        load_timeout: float = 300.0,
+        cancel_grace: float = 30.0,
+        workers: int = 2,
+    ) -> None:
+        self.registry = registry
+        self._loader = Loader(
+            registry,
+            roots,
+            read,
+            measure or _file_size,
+            limits=limits or ReadLimits(),
+            timeout=load_timeout,
+            workers=workers,
+        )
+        self._cancel_grace = cancel_grace
+        self._gone: dict[str, asyncio.Event] = {}  # uid → set when a draining entry is dropped
+        self._watchers: set[Subscription[AdapterEntry]] = set()
+        self._closed = False
+        self._unlisten = registry.listen(self._changed)
+
+    async def load(
+        self,
+        name: str,
+        source: str = "",
+        *,
+        replace: bool = False,
+        pin: bool = False,
+        validate_only: bool = False,
+    ) -> tuple[AdapterEntry, bool]:
+        """Load the folder `source` (empty: the folder `name`) and give it the name.
+
+        Returns the entry, and whether the same content was loaded under this name already. Loads of one name
+        run one after another. Who waits here may go away: the load goes on, and asking again finds its
+        result. A replacement stays pinned if what it replaces was. With `validate_only` the adapter is read
+        and dropped, and the entry, which is in no registry, describes it.
+
+        Raises InvalidRequest, PathNotAllowed, InvalidAdapter; AdapterExists for other content without
+        `replace`; Overloaded if the bytes do not fit; DeadlineExceeded after `load_timeout`; Cancelled if the
+        adapter is unloaded meanwhile; Draining after `close`; AdapterUnavailable for a defect, whose
+        traceback is in the log.
+        """
+        check_name(name)
+        if validate_only:
+            return await self._loader.validate(name, source or name), False
+        return await self._loader.load(name, source or name, replace=replace, pin=pin)
+
+    async def unload(
+        self,
+        name: str,
+        *,
+        drain_timeout: float | None = None,
+        cancel_after_timeout: bool = False,
+        cancel: Callable[[str], None] | None = None,
+    ) -> Unloaded:
+        """Take the name away, wait until no request holds the adapter, and free it.
+
+        A load of the name that runs is aborted first. After `drain_timeout` seconds (None: no bound) the
+        requests that still run are cancelled through `cancel(request_id)` if `cancel_after_timeout`, else
+        DeadlineExceeded is raised and the drain goes on. Unloading a name that is gone but still drains joins
+        that drain, so that an operator whose first call timed out can cancel with a second one; it reports
+        the same bytes. Who waits here may go away: the drain goes on. Raises AdapterNotFound.
+        """
+        why = f"adapter {name!r} was unloaded while it was loading"
+        aborted = await self._loader.abort(name, Cancelled(why, reason="ADAPTER_UNLOADED"))
+        if self.registry.find(name) is not None:
+            entries = [self.registry.unload(name)]
+        else:
+            entries = self.registry.draining(name)
+            if not entries and not aborted:
+                raise AdapterNotFound(name)
+        freed = sum(entry.nbytes for entry in entries)
+        if await self._drained(entries, drain_timeout):
+            return Unloaded(freed, 0)
+        if not cancel_after_timeout:
+            then = "the drain goes on; unload again to wait or to cancel"
+            raise _still_used(name, entries, drain_timeout, then)
+        assert cancel is not None, "cancel_after_timeout needs the way to cancel a request"
+        requests = {request for entry in entries for request in entry.leases}
+        for request in requests:
+            cancel(request)
+        if not await self._drained(entries, self._cancel_grace):
+            raise _still_used(name, entries, self._cancel_grace, "they were cancelled and have not ended yet")
+        return Unloaded(freed, len(requests))
+
+    def get(self, name: str) -> AdapterEntry:
+        """What `name` means now. Raises AdapterNotFound."""
+        return self.registry.get(name)
+
+    def pin(self, name: str, pinned: bool) -> AdapterEntry:
+        """Pin or unpin. Raises AdapterNotFound."""
+        return self.registry.pin(name, pinned)
+
+    async def watch(self) -> AsyncGenerator[AdapterEntry, None]:
+        """Every adapter as it is now, then each one that changes, until `close`.
+
+        Slow readers see the latest state of each; one who falls far behind gets Overloaded (WATCH_TOO_SLOW).
+        """
+        subscription = self.registry.subscribe()
+        self._watchers.add(subscription)
+        try:
+            if self._closed:
+                subscription.close()
+            while (entry := await subscription.next()) is not None:
+                yield entry
+        finally:
+            self._watchers.discard(subscription)
+            subscription.close()
+
+    async def close(self, grace: float = 5.0) -> None:
+        """Abort loads, end watches, and give workers `grace` seconds to finish.
+
+        What is loaded stays loaded.
+        """
+        self._closed = True
+        await self._loader.close(grace)
+        for watcher in tuple(self._watchers):
+            watcher.close()
+        self._unlisten()
+
+    async def _drained(self, entries: Sequence[AdapterEntry], seconds: float | None) -> bool:
+        """Wait until all are UNLOADED; False if `seconds` were too short."""
+        # Events that the registry's own drop sets. Nothing is counted, so nothing can drift.
+        draining = [entry for entry in entries if entry.state is State.DRAINING]
+        waiting = [self._gone.setdefault(entry.uid, asyncio.Event()) for entry in draining]
+        try:
+            async with asyncio.timeout(seconds):
+                for event in waiting:
+                    await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _changed(self, entry: AdapterEntry) -> None:
+        if entry.state is State.UNLOADED and (event := self._gone.pop(entry.uid, None)) is not None:
+            event.set()
+
+    def list(self) -> Sequence[AdapterEntry]:
+        """All adapters, draining ones included, by name."""
+        return self.registry.entries()
+
+
+def _still_used(name: str, entries: Sequence[AdapterEntry], seconds: float | None, then: str) -> DeadlineExceeded:
+    requests = len({request for entry in entries for request in entry.leases})
+    return DeadlineExceeded(
+        f"adapter {name!r} still serves {requests} request(s) after {seconds:g} s; {then}",
+        reason="ADAPTER_STILL_IN_USE",
+        metadata={"adapter": name, "requests": requests},
+    )
+
+
+def _file_size(folder: Path) -> int:
+    path = folder / WEIGHTS_FILE
+    return path.stat().st_size if path.is_file() else 0  # reading says what is wrong

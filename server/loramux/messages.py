@@ -1,0 +1,189 @@
+"""Clients' arguments to proto messages, and proto messages to `loramux.answers`: pure functions.
+
+Knows nothing of channels; imports no torch and no gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC
+
+from loramux.answers import (
+    Adapter,
+    Completion,
+    Delta,
+    Finished,
+    Generation,
+    Model,
+    Result,
+    Sampling,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenLogprob,
+    Usage,
+    UsedAdapter,
+)
+from loramux.errors import InvalidRequest
+from loramux.v1 import adapters_pb2, generation_pb2
+
+
+def generate_request(prompt: str | None, given: Generation) -> generation_pb2.GenerateRequest:
+    """The message; None is as good as not given.
+
+    Raises TypeError for arguments that do not exist or do not go together, InvalidRequest for values that no
+    message can hold (a negative n).
+    """
+    message = generation_pb2.GenerateRequest()
+    put_input(message, prompt, given.get("messages"), given.get("token_ids"))
+    for name, weight in (given.get("mix") or {}).items():
+        message.mix.add(adapter=name, weight=weight)
+    for name, value in given.items():
+        if name in ("messages", "token_ids", "mix") or value is None:
+            continue
+        if name in ("adapter", "request_id", "cache_salt", "priority"):
+            _put(message, name, name, value)
+        elif name in Sampling.__annotations__:
+            one_stop = name == "stop" and isinstance(value, str)
+            _put(message.sampling, name, f"sampling.{name}", [value] if one_stop else value)
+        else:
+            raise TypeError(f"there is no argument {name!r}")
+    return message
+
+
+def put_input(
+    message: generation_pb2.GenerateRequest | generation_pb2.CountTokensRequest,
+    prompt: str | None,
+    messages: Sequence[Mapping[str, str]] | None,
+    token_ids: Sequence[int] | None,
+) -> None:
+    """Set the one input that is given. Raises TypeError for none or several."""
+    if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
+        raise TypeError("give exactly one of prompt, messages and token_ids")
+    if prompt is not None:
+        _put(message, "prompt", "prompt", prompt)
+    elif messages is not None:
+        message.chat.SetInParent()
+        for turn in messages:
+            message.chat.messages.add(role=turn["role"], content=turn["content"])
+    elif token_ids is not None:
+        message.token_ids.SetInParent()
+        _put(message.token_ids, "ids", "token_ids", token_ids)
+
+
+def unload_request(
+    name: str, drain_timeout: float | None, cancel_after_timeout: bool
+) -> adapters_pb2.UnloadAdapterRequest:
+    """The message; `drain_timeout` in seconds, None: no bound."""
+    message = adapters_pb2.UnloadAdapterRequest(name=name, cancel_after_timeout=cancel_after_timeout)
+    if drain_timeout is not None:
+        message.drain_timeout.FromNanoseconds(int(drain_timeout * 1e9))
+    return message
+
+
+def _put(message: object, name: str, field: str, value: object) -> None:
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(field, f"{_short(value)} cannot be sent: {error}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def result(message: generation_pb2.GenerateResponse) -> Result:
+    """A unary answer."""
+    return Result(
+        request_id=message.request_id,
+        adapters=_used(message.adapters),
+        completions=tuple(
+            Completion(
+                index=c.index,
+                text=c.text,
+                token_ids=tuple(c.token_ids),
+                logprobs=_logprobs(c.logprobs),
+                finish_reason=_finish_reason(c.finish_reason),
+                stop=c.stop,
+            )
+            for c in message.completions
+        ),
+        usage=_usage(message.usage),
+        timings=_timings(message.timings),
+    )
+
+
+def stream_event(message: generation_pb2.GenerateStreamResponse) -> StreamEvent:
+    """One message of a stream."""
+    match message.WhichOneof("event"):
+        case "started":
+            started = message.started
+            return Started(started.request_id, started.prompt_tokens, _used(started.adapters))
+        case "delta":
+            delta = message.delta
+            return Delta(delta.index, delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs))
+        case _:
+            end = message.finished
+            return Finished(
+                end.index,
+                _finish_reason(end.finish_reason),
+                end.stop,
+                _usage(end.usage),
+                _timings(end.timings),
+            )
+
+
+def model(message: generation_pb2.GetModelResponse) -> Model:
+    """The base model."""
+    values = {field: getattr(message, field) for field in Model.__annotations__}
+    return Model(**values | {"target_modules": tuple(message.target_modules)})
+
+
+def adapter(message: adapters_pb2.Adapter) -> Adapter:
+    """An adapter."""
+    state = adapters_pb2.AdapterState.Name(message.state).removeprefix("ADAPTER_STATE_")
+    residency = adapters_pb2.Residency.Name(message.residency).removeprefix("RESIDENCY_")
+    return Adapter(
+        name=message.name,
+        uid=message.uid,
+        digest=message.digest,
+        source=message.source,
+        state=state.lower(),
+        residency=residency.lower(),
+        pinned=message.pinned,
+        device_bytes=message.device_bytes,
+        max_rank=message.max_rank,
+        target_modules=tuple(message.target_modules),
+        sites=message.sites,
+        leases=message.leases,
+        loaded_at=message.loaded_at.ToDatetime(UTC) if message.HasField("loaded_at") else None,
+        last_used_at=message.last_used_at.ToDatetime(UTC) if message.HasField("last_used_at") else None,
+        load_seconds=message.load_time.ToNanoseconds() / 1e9,
+        error=message.error,
+    )
+
+
+def _used(adapters: Iterable[generation_pb2.ResolvedAdapter]) -> tuple[UsedAdapter, ...]:
+    return tuple(UsedAdapter(a.name, a.uid, a.digest, a.weight) for a in adapters)
+
+
+def _logprobs(items: Iterable[generation_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(i.token_id, i.text, i.logprob, _logprobs(i.top)) for i in items)
+
+
+def _finish_reason(reason: generation_pb2.FinishReason) -> str:
+    return generation_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
+
+
+def _usage(u: generation_pb2.Usage) -> Usage:
+    return Usage(u.prompt_tokens, u.completion_tokens, u.cached_prompt_tokens)
+
+
+def _timings(t: generation_pb2.Timings) -> Timings:
+    return Timings(t.queue, t.adapter_load, t.prefill, t.decode)

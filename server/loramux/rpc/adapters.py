@@ -1,0 +1,142 @@
+"""AdapterService: what operators do with adapters. Thin: the manager and its registry decide everything."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+from loramux.engine.client import EngineClient
+from loramux.errors import Cancelled, InvalidRequest, Overloaded, Unimplemented
+from loramux.lora.entry import AdapterEntry, Residency, State
+from loramux.lora.manager import AdapterManager
+from loramux.rpc.boundary import Context
+from loramux.v1 import adapters_pb2 as pb
+from loramux.v1 import adapters_pb2_grpc as pb_grpc
+
+MAX_PAGE = 1000
+
+_STATES = {
+    State.LOADING: pb.ADAPTER_STATE_LOADING,
+    State.READY: pb.ADAPTER_STATE_READY,
+    State.DRAINING: pb.ADAPTER_STATE_DRAINING,
+    State.FAILED: pb.ADAPTER_STATE_FAILED,
+    State.UNLOADED: pb.ADAPTER_STATE_UNLOADED,
+}
+_RESIDENCIES = {
+    Residency.DISK: pb.RESIDENCY_DISK,
+    Residency.HOST: pb.RESIDENCY_HOST,
+    Residency.DEVICE: pb.RESIDENCY_DEVICE,
+}
+
+
+def describe(entry: AdapterEntry) -> pb.Adapter:
+    """An entry as operators see it."""
+    message = pb.Adapter(
+        name=entry.name,
+        uid=entry.uid,
+        digest=entry.digest,
+        source=entry.source,
+        state=_STATES[entry.state],
+        residency=_RESIDENCIES[entry.residency],
+        pinned=entry.pinned,
+        device_bytes=entry.nbytes,
+        max_rank=entry.max_rank,
+        target_modules=entry.target_modules,
+        sites=entry.site_count,
+        leases=len(entry.leases),
+        error=entry.error.message if entry.error is not None else "",
+    )
+    if entry.loaded_at:
+        message.loaded_at.FromNanoseconds(int(entry.loaded_at * 1e9))
+        message.load_time.FromNanoseconds(int(entry.load_seconds * 1e9))
+    if entry.last_used_at:
+        message.last_used_at.FromNanoseconds(int(entry.last_used_at * 1e9))
+    return message
+
+
+class AdapterServicer(pb_grpc.AdapterServiceServicer):
+    """See proto/loramux/v1/adapters.proto. `send_timeout`: seconds that one message may wait for its reader."""
+
+    def __init__(self, manager: AdapterManager, engine: EngineClient, *, send_timeout: float) -> None:
+        self._manager = manager
+        self._engine = engine
+        self._send_timeout = send_timeout
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        entry, already = await self._manager.load(
+            request.name,
+            request.source,
+            replace=request.replace,
+            pin=request.pin,
+            validate_only=request.validate_only,
+        )
+        return pb.LoadAdapterResponse(adapter=describe(entry), already_loaded=already)
+
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
+        timeout = None
+        if request.HasField("drain_timeout"):
+            timeout = request.drain_timeout.seconds + request.drain_timeout.nanos / 1e9
+            if timeout < 0:
+                raise InvalidRequest("drain_timeout", f"must not be negative, got {timeout:g} s")
+        done = await self._manager.unload(
+            request.name,
+            drain_timeout=timeout,
+            cancel_after_timeout=request.cancel_after_timeout,
+            cancel=self._cancel,
+        )
+        return pb.UnloadAdapterResponse(freed_bytes=done.freed_bytes, cancelled_requests=done.cancelled)
+
+    def _cancel(self, request_id: str) -> None:
+        error = Cancelled("an operator unloaded this request's adapter", reason="ADAPTER_UNLOADED")
+        self._engine.abort(request_id, error)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
+        return pb.GetAdapterResponse(adapter=describe(self._manager.get(request.name)))
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
+        budget = self._manager.registry.budget
+        after = _parse_page_token(request.page_token)
+        size = min(request.page_size or MAX_PAGE, MAX_PAGE)
+        entries = sorted(self._manager.list(), key=_place)
+        rest = [entry for entry in entries if _place(entry) > after]
+        page = rest[:size]
+        return pb.ListAdaptersResponse(
+            adapters=[describe(entry) for entry in page],
+            next_page_token="/".join(_place(page[-1])) if len(rest) > size else "",
+            device_bytes=budget.used,
+            device_budget_bytes=budget.limit or 0,
+        )
+
+    async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
+        if not request.HasField("pinned"):
+            raise InvalidRequest("pinned", "is missing; it is all that can be changed in a loaded adapter")
+        entry = self._manager.pin(request.name, request.pinned)
+        return pb.UpdateAdapterResponse(adapter=describe(entry))
+
+    async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
+        async with aclosing(self._manager.watch()) as entries:
+            async for entry in entries:
+                try:
+                    async with asyncio.timeout(self._send_timeout):
+                        await context.write(pb.WatchAdaptersResponse(adapter=describe(entry)))
+                except TimeoutError:
+                    raise Overloaded(
+                        f"this watcher did not read for {self._send_timeout:g} s; watch again",
+                        reason="SLOW_READER",
+                    ) from None
+
+    async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> None:
+        raise Unimplemented("this server does not merge adapters into dense models yet", reason="MERGE_UNIMPLEMENTED")
+
+
+def _place(entry: AdapterEntry) -> tuple[str, str]:
+    """The order of lists. Names repeat while an earlier load drains, uids never do."""
+    return entry.name, entry.uid
+
+
+def _parse_page_token(token: str) -> tuple[str, str]:
+    """The place after which a page begins; names hold no slash."""
+    name, slash, uid = token.partition("/")
+    if token and not (name and slash and uid):
+        raise InvalidRequest("page_token", "is not a next_page_token of an earlier response")
+    return name, uid

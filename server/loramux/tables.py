@@ -1,0 +1,74 @@
+"""What the command line shows as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from loramux.answers import Adapter
+
+if TYPE_CHECKING:
+    from loramux.assembly import Application
+    from loramux.rpc.server import Addresses
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def startup_table(application: Application, addresses: Addresses) -> Table:
+    """What is being served, how much memory each part takes, and where."""
+    settings, model = application.settings, application.loaded.model
+    facts = model.facts
+    tokens = model.num_kv_blocks * model.block_size
+    table = Table(title="loramux", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", f"{facts.name}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters")
+    table.add_row("compute", f"{facts.device}, {facts.dtype}, {facts.backend}")
+    table.add_row("quantized weights", f"{facts.bits_per_weight:.3f} bits each, NF4, {size(facts.nf4_bytes)}")
+    table.add_row("dense weights", f"{size(facts.dense_bytes)} (embedding, head, norms, biases)")
+    table.add_row(
+        "KV cache",
+        f"{tokens:,} tokens, {size(tokens * model.kv_bytes_per_token)}; {facts.max_context:,} at most a request",
+    )
+    entries = application.adapters.list()
+    used = sum(entry.nbytes for entry in entries)
+    table.add_row("adapters", f"{len(entries)} loaded, {size(used)} of {size(settings.adapter_memory)}")
+    table.add_row("adapter folders", ", ".join(map(str, settings.adapter_dir)) or "none: give --adapter-dir")
+    table.add_row("requests", f"gRPC on {addresses.public}" + (" (TLS)" if settings.tls_cert else ""))
+    table.add_row("admin", f"gRPC on {addresses.admin}")
+    table.add_row("metrics", f"http://{addresses.metrics}/metrics" if addresses.metrics else "off")
+    return table
+
+
+def adapters_table(adapters: Iterable[Adapter]) -> Table:
+    """`loramux adapters list`."""
+    table = Table("name", "state", "rank", "layers", "targets", "size", "in use", "pinned", "uid")
+    for a in adapters:
+        table.add_row(
+            a.name,
+            a.state if not a.error else f"{a.state}: {a.error}",
+            str(a.max_rank),
+            str(a.sites),
+            ",".join(a.target_modules),
+            size(a.device_bytes),
+            str(a.leases),
+            "yes" if a.pinned else "",
+            a.uid,
+        )
+    return table
+
+
+def as_dict(adapter: Adapter) -> dict[str, Any]:
+    """Everything known of an adapter, ready for JSON."""
+    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(adapter).items()}

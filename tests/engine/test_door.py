@@ -1,0 +1,116 @@
+"""Every limit, once inside and once outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from loramux.engine.door import Limits, check_request
+from loramux.engine.request import SamplingParams
+from loramux.engine.settings import EngineSettings
+from loramux.errors import InvalidRequest
+
+NAN, INF = float("nan"), float("inf")
+LIMITS = Limits(vocab_size=100, max_context=32, settings=EngineSettings())
+
+BAD_SAMPLING: list[tuple[str, dict[str, Any]]] = [
+    ("sampling.n", {"n": 0}),
+    ("sampling.n", {"n": 17}),
+    ("sampling.n", {"n": 2**32 - 1}),  # CVE-2026-34756
+    ("sampling.max_new_tokens", {"max_new_tokens": 0}),
+    ("sampling.min_new_tokens", {"min_new_tokens": 9, "max_new_tokens": 8}),
+    ("sampling.min_new_tokens", {"min_new_tokens": -1}),
+    ("sampling.temperature", {"temperature": -0.1}),
+    ("sampling.temperature", {"temperature": NAN}),
+    ("sampling.temperature", {"temperature": INF}),
+    ("sampling.top_k", {"top_k": -1}),
+    ("sampling.top_p", {"top_p": 0.0}),
+    ("sampling.top_p", {"top_p": 1.1}),
+    ("sampling.top_p", {"top_p": NAN}),
+    ("sampling.min_p", {"min_p": -0.1}),
+    ("sampling.min_p", {"min_p": 1.1}),
+    ("sampling.min_p", {"min_p": NAN}),
+    ("sampling.seed", {"seed": -1}),
+    ("sampling.seed", {"seed": 2**64}),
+    ("sampling.repetition_penalty", {"repetition_penalty": 0.0}),
+    ("sampling.repetition_penalty", {"repetition_penalty": 10.5}),
+    ("sampling.repetition_penalty", {"repetition_penalty": NAN}),
+    ("sampling.frequency_penalty", {"frequency_penalty": 2.1}),
+    ("sampling.frequency_penalty", {"frequency_penalty": NAN}),
+    ("sampling.presence_penalty", {"presence_penalty": -2.1}),
+    ("sampling.presence_penalty", {"presence_penalty": INF}),
+    ("sampling.top_logprobs", {"top_logprobs": 21}),  # CVE-2026-116173
+    ("sampling.top_logprobs", {"top_logprobs": -1}),
+    ("sampling.logit_bias", {"logit_bias": {100: 1.0}}),
+    ("sampling.logit_bias", {"logit_bias": dict.fromkeys(range(1025), 1.0)}),
+    ("sampling.logit_bias[5]", {"logit_bias": {5: NAN}}),
+    ("sampling.logit_bias[5]", {"logit_bias": {5: 100.5}}),
+    ("sampling.stop", {"stop": ("x",) * 17}),
+    ("sampling.stop[1]", {"stop": ("x", "")}),
+    ("sampling.stop[0]", {"stop": ("x" * 257,)}),
+    ("sampling.stop_token_ids", {"stop_token_ids": frozenset({100})}),
+    ("sampling.stop_token_ids", {"stop_token_ids": frozenset(range(65))}),
+]
+
+BAD_REQUEST: list[tuple[str, dict[str, Any]]] = [
+    ("prompt", {"prompt_ids": ()}),
+    ("prompt", {"prompt_ids": (1,) * 32}),
+    ("prompt", {"prompt_ids": (1, 100)}),
+    ("prompt", {"prompt_ids": (1, -1)}),
+    ("request_id", {"request_id": "x" * 129}),
+    ("cache_salt", {"cache_salt": "x" * 257}),
+    ("priority", {"priority": 101}),
+    ("priority", {"priority": -101}),
+    ("mix", {"mix": 9}),
+]
+
+
+def _check(sampling: SamplingParams, *, prompt_ids: tuple[int, ...] = (1, 2, 3), **more: Any) -> None:
+    check_request(sampling, prompt_ids, LIMITS, **more)
+
+
+@pytest.mark.parametrize(("field", "knobs"), BAD_SAMPLING)
+def test_bad_sampling_is_refused_by_field(field: str, knobs: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        _check(SamplingParams(**knobs))
+    assert caught.value.field == field
+    assert {"limit", "given"} <= caught.value.metadata.keys()
+    assert caught.value.metadata["given"] in caught.value.message
+
+
+@pytest.mark.parametrize(("field", "knobs"), BAD_REQUEST)
+def test_bad_request_is_refused_by_field(field: str, knobs: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        _check(SamplingParams(), **knobs)
+    assert caught.value.field == field
+    assert {"limit", "given"} <= caught.value.metadata.keys()
+    assert caught.value.metadata["given"] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"n": 16, "max_new_tokens": 1, "top_k": 2**32 - 1, "top_p": 1.0, "min_p": 1.0, "seed": 2**64 - 1},
+        {"max_new_tokens": 2**32 - 1, "min_new_tokens": 2**32 - 1},  # bounded by the context, not refused
+        {"repetition_penalty": 10.0, "frequency_penalty": -2.0, "presence_penalty": 2.0, "top_logprobs": 20},
+        {"logit_bias": {99: 100.0, 0: -100.0}, "stop": ("x" * 256,) * 16, "temperature": 1e30},
+        {"stop_token_ids": frozenset(range(64)), "top_p": 1e-9},
+    ],
+)
+def test_the_limits_themselves_are_allowed(knobs: dict[str, Any]) -> None:
+    _check(
+        SamplingParams(**knobs),
+        prompt_ids=(99,) * 31,
+        request_id="x" * 128,
+        cache_salt="x" * 256,
+        priority=-100,
+        mix=8,
+    )
+
+
+def test_the_field_of_token_ids_can_be_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        _check(SamplingParams(), prompt_ids=(100,), prompt_field="token_ids")
+    assert caught.value.field == "token_ids"
+    assert caught.value.reason == "TOKEN_ID_OUT_OF_RANGE"

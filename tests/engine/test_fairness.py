@@ -1,0 +1,171 @@
+"""Who runs when: nobody waits for ever, nobody waits for somebody else's adapter."""
+
+from __future__ import annotations
+
+import pytest
+from loramux.engine.request import SequenceFinished
+from loramux.engine.settings import EngineSettings
+from loramux.errors import AdapterUnavailable
+
+from .fakes import Bench, FakeAdapter, FakeModel, adapter, expected, request
+
+
+def _finish_order(bench: Bench) -> list[str]:
+    return [r.request_id for r in bench.finished]
+
+
+def test_first_come_first_served() -> None:
+    bench = Bench(max_batch_rows=1)
+    for i in range(4):
+        bench.submit(request([i], request_id=str(i), arrival=float(10 - i)))
+    bench.run()
+    assert _finish_order(bench) == ["3", "2", "1", "0"], "by arrival, not by the order of submission"
+
+
+@pytest.mark.parametrize("blocks", [64, 20])
+def test_large_prompt_is_not_starved_by_small_ones(blocks: int) -> None:
+    """vLLM #16876: requests that came later overtook one that did not fit yet, for as long as they kept coming."""
+    bench = Bench(FakeModel(num_kv_blocks=blocks), max_batch_rows=4, max_batch_tokens=8)
+    bench.submit(*(request([i, i + 1], request_id=f"early {i}") for i in range(4)))
+    bench.engine.step()
+    large = request(range(64), request_id="large", max_new_tokens=2)
+    bench.submit(large)
+    after = 0
+    for i in range(400):  # a new small request at every step
+        bench.now += 0.01
+        bench.submit(request([i % 256], request_id=f"late {i}"))
+        bench.engine.step()
+        if large in bench.finished:
+            break
+        after = i
+    assert large in bench.finished, "starved"
+    assert after < 60
+    assert bench.tokens(large) == expected(large.prompt_ids, count=2)
+    bench.run()
+    bench.assert_baseline()
+
+
+def test_running_sequences_get_a_token_in_every_step() -> None:
+    """A long prompt is chunked so that it does not stop those who are generating."""
+    bench = Bench(max_batch_tokens=8)
+    running = request([1], max_new_tokens=20)
+    bench.submit(running)
+    bench.engine.step()
+    bench.submit(request(range(70)))
+    for made in range(2, 11):
+        bench.engine.step()
+        assert len(bench.tokens(running)) == made
+        assert bench.model.steps[-1] == (2, 8)
+
+
+def test_chunked_prefill_counts_as_a_row() -> None:
+    """SGLang #23141: one sequence too many was admitted when one in the middle of its prompt was not counted."""
+    bench = Bench(max_batch_rows=2, max_batch_tokens=16)
+    bench.submit(request(range(40), arrival=1.0), *(request([i], arrival=2.0 + i) for i in range(5)))
+    while bench.engine.step():
+        assert len(bench.engine.scheduler.running) <= 2
+    assert max(rows for rows, _ in bench.model.steps) == 2
+    assert max(tokens for _, tokens in bench.model.steps) <= 16
+    bench.assert_baseline()
+
+
+def test_higher_priority_goes_first() -> None:
+    bench = Bench(max_batch_rows=1, priority_seconds=1.0)
+    bench.submit(
+        request([1], request_id="normal", arrival=10.0),
+        request([2], request_id="low", arrival=9.0, priority=-5),
+        request([3], request_id="high", arrival=12.0, priority=5),
+    )
+    bench.run()
+    assert _finish_order(bench) == ["high", "normal", "low"]
+
+
+def test_low_priority_ages() -> None:
+    """A stream of high priorities holds a low one up for a bounded time: points x priority_seconds."""
+    bench = Bench(max_batch_rows=1, priority_seconds=1.0)
+    low = request([1], request_id="low", arrival=1000.0, priority=-3)
+    bench.submit(low)
+    for i in range(200):
+        bench.submit(request([i], request_id="high", arrival=bench.now, priority=3, max_new_tokens=1))
+        bench.engine.step()
+        bench.now += 0.1
+        if low in bench.finished:
+            break
+    assert low in bench.finished
+    assert 1006.0 <= bench.now < 1008.0
+
+
+def test_loading_adapter_delays_nobody_and_keeps_its_place() -> None:
+    """vLLM #31941, LoRAX: one load blocked the whole engine."""
+    bench = Bench(max_batch_rows=1)
+    slow = FakeAdapter("slow", "slow-1")
+    waits = request([1], slow, request_id="waits")
+    bench.submit(waits, request([2], request_id="second"), request([3], request_id="third"))
+    while "second" not in _finish_order(bench):
+        assert bench.engine.step()
+        bench.now += 0.25
+    loaded_at = bench.now
+    slow.load()
+    bench.run()
+    assert _finish_order(bench) == ["second", "waits", "third"]
+    assert bench.tokens(waits) == expected([1], waits.adapters)
+    timings = bench.end(waits).timings
+    assert timings.adapter_load == pytest.approx(loaded_at - 1000.0)
+    assert timings.queue == pytest.approx(0.0)
+
+
+def test_queue_time_is_not_load_time() -> None:
+    bench = Bench(max_batch_rows=1)
+    slow = FakeAdapter("slow", "slow-1")
+    first, waits = request([1], max_new_tokens=4), request([1], slow, max_new_tokens=3)
+    bench.submit(first, waits)
+    for step in range(7):
+        if step == 2:
+            slow.load()
+        bench.engine.step()
+        bench.now += 1.0
+    end = bench.end(waits).timings
+    assert (end.adapter_load, end.queue, end.prefill, end.decode) == pytest.approx((2.0, 2.0, 0.0, 2.0))
+
+
+def test_only_loading_requests_leave_the_engine_idle() -> None:
+    bench = Bench()
+    slow = FakeAdapter("slow", "slow-1")
+    r = request([1], slow)
+    bench.submit(r)
+    assert not bench.engine.step()
+    assert bench.engine.idle_seconds() == EngineSettings().load_poll_seconds
+    slow.load()
+    bench.run()
+    assert bench.end(r)
+    assert bench.engine.idle_seconds() is None
+
+
+def test_failed_load_fails_its_requests_only() -> None:
+    bench = Bench()
+    broken = FakeAdapter("broken", "broken-1")
+    bad = [request([i], broken) for i in range(2)]
+    good = request([1], adapter("good"))
+    bench.submit(*bad, good)
+    bench.engine.step()
+    broken.error = AdapterUnavailable("adapter 'broken' is corrupt")
+    bench.run()
+    assert all(bench.error(r) is broken.error for r in bad)
+    assert isinstance(bench.events[good][-1], SequenceFinished)
+    bench.assert_baseline()
+
+
+def test_stats_count_requests_by_adapter() -> None:
+    bench = Bench(max_batch_rows=2)
+    bench.submit(request([1], adapter("a")), request([2]), request([3], adapter("a")))
+    bench.engine.step()
+    stats = bench.engine.stats()
+    assert (stats.running, stats.waiting) == (2, 1)
+    assert stats.running_adapters == {"a": 1, "": 1}
+    assert stats.waiting_adapters == {"a": 1}
+    assert stats.kv_blocks_used == 2
+
+
+def test_contradicting_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        EngineSettings(max_batch_rows=64, max_batch_tokens=63)

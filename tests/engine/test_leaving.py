@@ -1,0 +1,151 @@
+"""Every way out of the engine leaves nothing behind and harms nobody else."""
+
+from __future__ import annotations
+
+import pytest
+from loramux.errors import Cancelled, DeadlineExceeded, EngineFault
+
+from .fakes import Bench, FakeAdapter, FakeModel, adapter, expected, request
+
+GONE = Cancelled("the client went away")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("steps", range(12))
+def test_abort_after_any_number_of_steps(n: int, steps: int) -> None:
+    """SGLang #25864, #34205, #36894: a count drifted after an abort, or with n > 1, and an unload hung for ever.
+
+    Ten tokens a step for a prompt of 30: queued, three chunks, the fork, and decoding are all met.
+    """
+    bench = Bench(max_batch_tokens=10)
+    r, other = request(range(30), adapter("a"), n=n, max_new_tokens=5), request([1, 2], max_new_tokens=12)
+    bench.submit(r, other)
+    for _ in range(steps):
+        bench.engine.step()
+    bench.engine.abort(r, GONE)
+    bench.engine.abort(r, GONE)
+    bench.engine.check_books()
+    if bench.finished.count(r) == 1 and bench.events[r]:
+        assert bench.events[r][-1]
+    bench.run()
+    assert bench.tokens(other) == expected(other.prompt_ids, count=12)
+    bench.assert_baseline()
+
+
+def test_abort_while_the_adapter_loads() -> None:
+    bench = Bench()
+    r = request([1], FakeAdapter("slow", "slow-1"))
+    bench.submit(r)
+    bench.engine.step()
+    bench.engine.abort(r, GONE)
+    assert bench.error(r) is GONE
+    bench.assert_baseline()
+
+
+def test_abort_while_preempted() -> None:
+    bench = Bench(FakeModel(num_kv_blocks=12))
+    requests = [request(range(10), max_new_tokens=20, arrival=1.0 + i, cache_salt=str(i)) for i in range(3)]
+    bench.submit(*requests)
+    while bench.engine.stats().preemptions == 0:
+        assert bench.engine.step()
+    bench.engine.abort(requests[-1], GONE)
+    bench.run()
+    assert bench.error(requests[-1]) is GONE
+    assert bench.tokens(requests[0]) == expected(range(10), count=20)
+    bench.assert_baseline()
+
+
+def test_same_request_id_twice() -> None:
+    """Ids are the callers' own: a retry may use one while the first is still here."""
+    bench = Bench()
+    one, two = request([1], request_id="same"), request([2], request_id="same")
+    bench.submit(one, two)
+    bench.engine.step()
+    bench.engine.abort(one, GONE)
+    bench.run()
+    assert bench.tokens(two) == expected([2])
+    bench.assert_baseline()
+
+
+def test_deadline_while_queued() -> None:
+    bench = Bench(max_batch_rows=1)
+    running, queued = request([1], max_new_tokens=20), request([2], deadline=1001.0)
+    bench.submit(running, queued)
+    bench.engine.step()
+    assert bench.engine.idle_seconds() == 1.0
+    bench.now = 1001.0
+    bench.engine.step()
+    assert isinstance(bench.error(queued), DeadlineExceeded)
+    assert "queued" in bench.error(queued).message
+    bench.run()
+    assert bench.tokens(running) == expected([1], count=20)
+    bench.assert_baseline()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_deadline_while_running(steps: int) -> None:
+    bench = Bench(max_batch_tokens=8)
+    r = request(range(20), deadline=1001.0, max_new_tokens=50)
+    bench.submit(r)
+    for _ in range(steps):
+        bench.engine.step()
+    bench.now = 1001.5
+    assert not bench.engine.step()
+    assert isinstance(bench.error(r), DeadlineExceeded)
+    assert "running" in bench.error(r).message
+    bench.assert_baseline()
+
+
+def test_fault_in_the_model_fails_that_step_only() -> None:
+    bench = Bench(max_batch_rows=2)
+    victims = [request([1, 2, 3, 4, 5]), request([2])]
+    waiting = request([3])
+    bench.submit(*victims, waiting)
+    bench.engine.step()
+    bench.model.fail_steps = 1
+    assert bench.engine.step()
+    for r in victims:
+        assert isinstance(bench.error(r), EngineFault)
+        assert "secret" not in bench.error(r).message
+    assert bench.engine.healthy
+    bench.run()
+    assert bench.tokens(waiting) == expected([3])
+    bench.assert_baseline()
+
+
+def test_half_written_blocks_are_not_offered_to_others() -> None:
+    """A prefill that failed must not leave its prompt in the prefix cache."""
+    bench = Bench()
+    bench.model.fail_steps = 1
+    bench.submit(request(range(20)))
+    bench.run()
+    again = request(range(20))
+    bench.submit(again)
+    bench.run()
+    assert bench.end(again).usage.cached_prompt_tokens == 0
+    assert bench.tokens(again) == expected(range(20))
+
+
+def test_repeated_faults_make_it_unhealthy_until_a_step_succeeds() -> None:
+    bench = Bench(max_consecutive_faults=2)
+    bench.model.fail_steps = 2
+    for _ in range(2):
+        assert bench.engine.healthy
+        bench.submit(request([1]))
+        bench.engine.step()
+    assert not bench.engine.healthy
+    assert not bench.engine.stats().healthy
+    bench.submit(request([1]))
+    bench.engine.step()
+    assert bench.engine.healthy
+
+
+def test_logits_that_are_not_finite_fail_their_request_only() -> None:
+    """LoRAX: any error of one row failed the whole mixed batch."""
+    bench = Bench(FakeModel(poison=77))
+    bad, good = request([1, 77], n=2), request([1, 78])
+    bench.submit(bad, good)
+    bench.run()
+    assert isinstance(bench.error(bad), EngineFault)
+    assert bench.tokens(good) == expected([1, 78])
+    bench.assert_baseline()

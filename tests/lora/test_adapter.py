@@ -1,0 +1,123 @@
+"""The flat buffer: its size, its order, its alignment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from loramux.errors import InvalidAdapter
+from loramux.lora.adapter import Adapter
+from loramux.lora.layout import ALIGN_BYTES, Factors, aligned, lay_out
+from loramux.lora.peft_files import read_adapter
+from loramux.lora.snapshot import measure
+
+from tests.lora.folders import BY_NAME, K0, LIMITS, Q0, SITES, V0, factors, write
+
+CPU = torch.device("cpu")
+
+
+def build(folder: Path, dtype: torch.dtype = torch.float32) -> Adapter:
+    return Adapter.build(read_adapter(folder, SITES, limits=LIMITS), SITES, CPU, dtype)
+
+
+def test_it_is_one_buffer_of_exactly_its_size(tmp_path: Path) -> None:
+    """A slot at the largest rank would take 7 times the memory for this adapter."""
+    tensors = factors(Q0, rank=1) | factors(V0, rank=7)
+    adapter = build(write(tmp_path, tensors, r=1, rank_pattern={"v_proj": 7}))
+    sizes = [1 * 16, 16 * 1, 7 * 16, 8 * 7]  # elements: q's A and B, v's A and B
+    assert adapter.nbytes == sum(aligned(4 * size) for size in sizes) == measure(tmp_path, 4, LIMITS)
+    assert adapter.buffer.untyped_storage().nbytes() == adapter.nbytes
+    for weights in adapter.weights.values():
+        for tensor in (weights.a, weights.b):
+            assert tensor.untyped_storage().data_ptr() == adapter.buffer.untyped_storage().data_ptr()
+            assert tensor.is_contiguous()
+            assert tensor.data_ptr() % ALIGN_BYTES == 0
+    assert (adapter.max_rank, adapter.site_count, adapter.target_modules) == (7, 2, ("q_proj", "v_proj"))
+
+
+def test_what_fills_the_gaps_is_zero(tmp_path: Path) -> None:
+    """A kernel that reads whole lines must find finite numbers there."""
+    adapter = build(write(tmp_path, factors(K0, rank=1), r=1))
+    used = torch.zeros_like(adapter.buffer, dtype=torch.bool)
+    for tensor in (adapter.weights[BY_NAME[K0].index].a, adapter.weights[BY_NAME[K0].index].b):
+        used[tensor.storage_offset() : tensor.storage_offset() + tensor.numel()] = True
+    assert not used.all()
+    assert not adapter.buffer[~used].any()
+
+
+def test_offsets_and_ranks_tell_what_the_views_show(tmp_path: Path) -> None:
+    adapter = build(write(tmp_path, factors(Q0, V0, bias=True), lora_bias=True))
+    assert adapter.offsets.shape == (len(SITES), 3)
+    assert adapter.offsets.dtype == torch.int64
+    assert adapter.ranks.dtype == torch.int32
+    for site in SITES:
+        offsets = adapter.offsets[site.index].tolist()
+        weights = adapter.weights.get(site.index)
+        if weights is None:
+            assert offsets == [-1, -1, -1]
+            assert adapter.ranks[site.index] == 0
+            continue
+        assert weights.bias is not None
+        assert offsets == [t.storage_offset() for t in (weights.a, weights.b, weights.bias)]
+        assert adapter.ranks[site.index] == weights.a.shape[0]
+
+
+def test_the_a_matrices_of_a_fused_group_are_adjacent(tmp_path: Path) -> None:
+    """q, k, v read the same input: one multiplication by [A_q; A_k; A_v] instead of three."""
+    adapter = build(write(tmp_path, factors(Q0, K0, V0, rank=2)))
+    q, k, v = (adapter.weights[BY_NAME[name].index] for name in (Q0, K0, V0))
+    stacked = adapter.buffer[q.a.storage_offset() : q.a.storage_offset() + 3 * 2 * 16].view(6, 16)
+    assert torch.equal(stacked, torch.cat([q.a, k.a, v.a]))
+
+
+def test_groups_end_where_the_input_changes() -> None:
+    layout = lay_out([Factors(site, 16) for site in SITES], 2)
+    order = sorted(((at.a, f"A{i}") for i, at in layout.offsets.items()), key=lambda pair: pair[0])
+    order += sorted((at.b, f"B{i}") for i, at in layout.offsets.items())
+    names = [name for _, name in sorted(order)]
+    # q k v o share a parent and a width here; gate up; down.
+    assert names[:14] == ["A0", "A1", "A2", "A3", "B0", "B1", "B2", "B3", "A4", "A5", "B4", "B5", "A6", "B6"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(SITES) - 1), st.integers(1, 70), st.booleans()),
+        min_size=1,
+        unique_by=lambda t: t[0],
+    ),
+    st.sampled_from([2, 4]),
+)
+def test_layout_has_no_overlap_and_no_waste(chosen: list[tuple[int, int, bool]], item_bytes: int) -> None:
+    factors_ = [Factors(SITES[index], rank, bias) for index, rank, bias in sorted(chosen)]
+    layout = lay_out(factors_, item_bytes)
+    spans = []
+    for f in factors_:
+        at = layout.offsets[f.site.index]
+        spans += [(at.a, f.rank * f.site.in_features), (at.b, f.rank * f.site.out_features)]
+        assert (at.bias >= 0) is f.bias
+        if f.bias:
+            spans.append((at.bias, f.site.out_features))
+    end = 0
+    for start, size in sorted(spans):
+        assert start == end
+        end = start + aligned(size * item_bytes) // item_bytes
+    assert end == layout.elements
+
+
+def test_scaled_numbers_that_do_not_fit_the_dtype_are_refused(tmp_path: Path) -> None:
+    """fp16 ends at 65504: an Inf in one adapter's B would be NaN in its answers."""
+    folder = write(tmp_path, factors(Q0), lora_alpha=1e6)
+    assert build(folder, torch.bfloat16).site_count == 1
+    with pytest.raises(InvalidAdapter, match=r"q_proj.lora_B: has numbers that do not fit into torch.float16"):
+        build(folder, torch.float16)
+
+
+def test_the_buffer_does_not_keep_the_file_alive(tmp_path: Path) -> None:
+    """fp32 tensors on a CPU need no cast; a view into the file's bytes would double the memory of every adapter."""
+    files = read_adapter(write(tmp_path), SITES, limits=LIMITS)
+    adapter = Adapter.build(files, SITES, CPU, torch.float32)
+    file_buffer = files.factors[0].a.untyped_storage().data_ptr()
+    assert adapter.buffer.untyped_storage().data_ptr() != file_buffer

@@ -1,0 +1,183 @@
+"""adapter_config.json: what is honoured, what is refused, and that each refusal names its field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+from loramux.errors import InvalidAdapter
+from loramux.lora.patterns import compile_pattern
+from loramux.lora.peft_config import PeftConfig, parse_config
+from peft import LoraConfig
+
+from tests.lora.folders import config
+
+
+def parse(**fields: object) -> PeftConfig:
+    return parse_config(json.dumps(config(**fields)).encode())
+
+
+REFUSED = {
+    "peft_type": ["LOHA", "ADALORA", "lora"],
+    "bias": ["all", "lora_only"],
+    "use_dora": [True],
+    "use_qalora": [True],
+    "modules_to_save": [["classifier"]],
+    "trainable_token_indices": [[1, 2], {"embed_tokens": [1]}],
+    "layer_replication": [[[0, 4], [2, 5]]],
+    "target_parameters": [["experts.gate_up_proj"]],
+    "alora_invocation_tokens": [[], [5, 6]],
+    "velora_config": [{}, {"num_groups": 4}],
+    "kasa_config": [{}, {"beta": 1e-4}],
+    "monteclora_config": [{}, {"num_samples": 8}],
+    "arrow_config": [{}, {"top_k": 3}],
+    "use_bdlora": [{}, {"nblocks": 2}],
+    "init_lora_weights": [
+        *("pissa", "PiSSA", "pissa_niter_16", "olora", "OLoRA", "corda", "corda_x", "loftq", "lora_ga", "LoRA-GA"),
+        "something_new",
+    ],
+    "target_modules": [["q_proj", "embed_tokens"], ["lm_head"], ["model.embed_tokens"], "lm_head", ["wte"]],
+    "r": [0, -1, 1.5, True, "8", None],
+    "lora_alpha": ["16", None, True],
+    "use_rslora": ["yes", 1],
+    "lora_bias": [None, 1],
+    "rank_pattern": [[], "q_proj", {"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": True}, {"q_proj": "8"}, {"(": 4}],
+    "alpha_pattern": [{"q_proj": "8"}, {"q_proj": None}, {"q_proj": True}],
+    "some_new_field": [True, 0.5, 0, "on", [1], {"a": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values], ids=repr
+)
+def test_refused_by_name(field: str, value: object) -> None:
+    """Each would change what is computed in silence (SGLang ignored rsLoRA so, #40835)."""
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(**{field: value})
+    assert field in caught.value.message
+    assert caught.value.reason in ("UNSUPPORTED_ADAPTER", "INVALID_CONFIG")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": True},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "mica"},
+        # A PiSSA, CorDA or LoRA-GA adapter that was converted keeps the initialization's config.
+        {"init_lora_weights": True, "corda_config": {"corda_method": "ipm"}, "lora_ga_config": {"scale": "stable"}},
+        {"lora_alpha": 11.313708498984761},  # what such a conversion writes with rslora
+        {"modules_to_save": [], "trainable_token_indices": None, "target_parameters": [], "layer_replication": []},
+        {"some_new_field": None},
+        {"some_new_field": False, "another": "", "third": [], "fourth": {}},
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "os"}, "task_type": "CAUSAL_LM"},
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"exclude_modules": ["k_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"layers_to_transform": 3, "target_modules": r".*\.q_proj", "fan_in_fan_out": True, "lora_dropout": 0.1},
+        {"rank_pattern": None, "alpha_pattern": None},
+    ],
+)
+def test_honoured(fields: dict[str, object]) -> None:
+    assert parse(**fields).r == 2
+
+
+def test_every_field_of_peft_is_known() -> None:
+    """A field of LoraConfig that we do not know would be refused with any value, or worse, ignored."""
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields <= PeftConfig.model_fields.keys()
+
+
+def test_what_peft_writes_by_default_is_accepted() -> None:
+    written = LoraConfig(target_modules=["q_proj"]).to_dict() | {"target_modules": ["q_proj"]}
+    parsed = parse_config(json.dumps(written).encode())
+    assert (parsed.r, parsed.lora_alpha) == (8, 8)
+
+
+def test_the_defaults_are_those_of_peft() -> None:
+    parsed, oracle = parse_config(b'{"peft_type": "LORA"}'), LoraConfig()
+    for field in ("r", "lora_alpha", "use_rslora", "lora_bias", "bias", "fan_in_fan_out", "init_lora_weights"):
+        assert getattr(parsed, field) == getattr(oracle, field), field
+
+
+def test_megatron_core_is_never_imported() -> None:
+    """PEFT imports the module that an adapter names here: code of the adapter's choosing."""
+    import sys
+
+    parse(megatron_config={"x": 1}, megatron_core="antigravity")
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[]", "list"),
+        (b"null", "NoneType"),
+        (b'{"r": 8}', "peft_type"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 2, "r": 200}', "'r' appears twice"),
+        (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
+        (b'{"peft_type": "LORA", "lora_alpha": 1e999}', "lora_alpha"),
+        (b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON"),
+    ],
+    ids=lambda value: repr(value)[:32],
+)
+def test_broken_json(data: bytes, says: str) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parse_config(data)
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+b",
+        "(a*)*",
+        "(.*a){20}",
+        "a*a*a*a*a*a*a*b",
+        "a?" * 30 + "a" * 30,
+        "(.|.)" * 20 + "z",
+        "x" * 600,
+        ".*.*.*.*",
+    ],
+)
+def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
+    """Python's matcher holds the interpreter's lock: one catastrophic pattern would stop every request."""
+    with pytest.raises(InvalidAdapter, match="very long"):
+        compile_pattern("rank_pattern", pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "^model.layers.0.self_attn.q_proj",
+        "model.layers.10.mlp.down_proj",
+        r"model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)",
+        r".*\.(0|1|2|3|4|5|6|7)\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+        r"layers\.[0-9]+\.(self_attn\.)?q_proj",
+        r"layers\.(?:1[0-9]|2[0-9])\..*_proj",
+    ],
+)
+def test_patterns_that_people_write_are_fast(pattern: str) -> None:
+    regex = compile_pattern("rank_pattern", pattern)
+    start = time.perf_counter()
+    for _ in range(100):
+        regex.match("base.model.layers.27.self_attn.some_longer_name.q_projection")
+    assert time.perf_counter() - start < 1.0
+
+
+def test_the_first_matching_pattern_decides() -> None:
+    parsed = parse(rank_pattern={"0.self_attn.q_proj": 3, "q_proj": 5}, alpha_pattern={"self_attn.*": 7})
+    assert parsed.rank_of("model.layers.0.self_attn.q_proj") == 3
+    assert parsed.rank_of("model.layers.1.self_attn.q_proj") == 5
+    assert parsed.rank_of("model.layers.1.self_attn.qq_proj") == 2
+    assert parsed.scale_of("model.layers.1.self_attn.q_proj", 5) == 7 / 5
+    assert parsed.scale_of("model.layers.1.mlp.up_proj", 2) == 2.0

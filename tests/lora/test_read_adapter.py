@@ -1,0 +1,341 @@
+"""Broken adapter folders: each is refused with an error that names what is wrong, and nothing is taken on trust."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from loramux.errors import InvalidAdapter
+from loramux.lora import snapshot
+from loramux.lora.limits import ReadLimits
+from loramux.lora.peft_files import read_adapter
+from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
+from loramux.ops.site import Site
+from torch import Tensor
+
+from tests.lora.folders import K0, LIMITS, Q0, SITES, factors, raw, write
+
+A = f"base_model.model.{Q0}.lora_A.weight"
+B = f"base_model.model.{Q0}.lora_B.weight"
+
+
+def refused(folder: Path, *says: str, limits: ReadLimits = LIMITS) -> InvalidAdapter:
+    with pytest.raises(InvalidAdapter) as caught:
+        read_adapter(folder, SITES, limits=limits)
+    for text in says:
+        assert text in caught.value.message
+    return caught.value
+
+
+def test_a_good_adapter_is_read(tmp_path: Path) -> None:
+    files = read_adapter(write(tmp_path), SITES, limits=LIMITS)
+    (only,) = files.factors
+    assert (only.site.name, only.rank, only.scale) == (Q0, 2, 2.0)
+    assert torch.equal(only.a, factors(Q0)[A])
+    assert files.digest.startswith("sha256:")
+    assert files.digest == snapshot.folder_digest(tmp_path, LIMITS)
+
+
+def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+GOOD = {A: entry([2, 16], 0, 128), B: entry([16, 2], 128, 256)}
+BROKEN_FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "too few"),
+    "seven bytes": (b"1234567", "too few"),
+    "header length bomb": (raw({}, length=2**63), "claims a header of 9223372036854775808 bytes"),
+    "header beyond the file": (raw({}, length=100_000), "it was cut off"),
+    "zip pickle": (b"PK\x03\x04" + b"\0" * 64, "pickle"),
+    "plain pickle": (b"\x80\x04" + b"\0" * 64, "pickle"),
+    "header is no JSON": (raw(b"{nope"), "not valid JSON"),
+    "header is not UTF-8": (raw(b'{"\xff": 1}'), "not valid JSON"),
+    "header is a list": (raw([]), "not a JSON object"),
+    "header of deep nesting": (raw(b'{"a":' + b"[" * 100_000), "not valid JSON"),
+    "a name twice": (raw(b'{"a": {}, "a": {}}'), "twice"),
+    "no tensors": (raw({"__metadata__": {"format": "pt"}}), "no tensors"),
+    "no tensors but bytes": (raw({}, b"1234"), "belong to no tensor"),
+    "truncated": (raw(GOOD, b"\0" * 255), "cut off"),
+    "trailing bytes": (raw(GOOD, b"\0" * 257), "belong to no tensor"),
+    "overlap": (raw({A: entry([2, 16], 0, 128), B: entry([16, 2], 64, 192)}, b"\0" * 192), "overlaps"),
+    "same bytes twice": (raw({A: entry([2, 16], 0, 128), B: entry([16, 2], 0, 128)}, b"\0" * 128), "overlaps"),
+    "gap": (raw({A: entry([2, 16], 0, 128), B: entry([16, 2], 160, 288)}, b"\0" * 288), "gap"),
+    "starts late": (raw({A: entry([2, 16], 8, 136)}, b"\0" * 136), "gap"),
+    "span is not the shape": (raw({A: entry([2, 16], 0, 64)}, b"\0" * 64), "128 bytes"),
+    "negative offsets": (raw({A: entry([2, 16], -128, 0)}, b""), "whole numbers"),
+    "backwards": (raw({A: entry([2, 16], 128, 0)}, b"\0" * 128), "span -128"),
+    "huge shape": (raw({A: entry([2**40, 2**40], 0, 128)}, b"\0" * 128), "data_offsets span 128"),
+    "bool in shape": (raw({A: {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"\0" * 4), "whole numbers"),
+    "float in shape": (raw({A: {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, b"\0" * 4), "whole numbers"),
+    "no offsets": (raw({A: {"dtype": "F32", "shape": [1]}}, b"\0" * 4), "data_offsets"),
+    "entry is a number": (raw({A: 5}), "data_offsets"),
+    "int8": (raw({A: entry([2, 16], 0, 32, "I8")}, b"\0" * 32), "dtype 'I8'"),
+    "float64": (raw({A: entry([2, 16], 0, 256, "F64")}, b"\0" * 256), "dtype 'F64'"),
+    "dtype is a list": (raw({A: {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4), "dtype"),
+    "long name": (raw({"x" * 300: entry([1], 0, 4)}, b"\0" * 4), "300 characters"),
+}
+
+
+@pytest.mark.parametrize(("data", "says"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
+def test_broken_weights_file(tmp_path: Path, data: bytes, says: str) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(data)
+    refused(tmp_path, says)
+
+
+def test_the_hand_made_header_is_good_when_nothing_is_broken(tmp_path: Path) -> None:
+    """Otherwise the table above might be refused for another reason than the one it means."""
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(raw(GOOD, b"\0" * 256))
+    assert len(read_adapter(tmp_path, SITES, limits=LIMITS).factors) == 1
+
+
+def test_a_file_cut_off_at_every_length_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    whole = (tmp_path / WEIGHTS_FILE).read_bytes()
+    for length in range(0, len(whole), 7):
+        (tmp_path / WEIGHTS_FILE).write_bytes(whole[:length])
+        refused(tmp_path)
+
+
+@pytest.mark.parametrize("pickle", ["adapter_model.bin", "adapter_model.pt"])
+def test_a_pickle_is_never_opened(tmp_path: Path, pickle: str) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / pickle)
+    error = refused(tmp_path, pickle, "never opened", "save_file(torch.load")
+    assert error.reason == "ADAPTER_FILES_MISSING"
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    assert refused(tmp_path, name).reason == "ADAPTER_FILES_MISSING"
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_pipe_or_a_folder_in_a_files_place_does_not_hang(tmp_path: Path, name: str) -> None:
+    """Opening a pipe waits for a writer: a worker would be lost for good."""
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    refused(tmp_path, "not a regular file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    refused(tmp_path, "irectory")
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (ReadLimits(file_bytes=100), "the limit is 100"),
+        (ReadLimits(config_bytes=10), "the limit is 10"),
+        (ReadLimits(header_bytes=16), "the limit is 16"),
+        (ReadLimits(tensors=1), "the limit is 1"),
+        (ReadLimits(rank=1), "rank 2; the limit is 1"),
+    ],
+)
+def test_limits(tmp_path: Path, limits: ReadLimits, says: str) -> None:
+    refused(write(tmp_path), says, limits=limits)
+
+
+def poison(value: float) -> dict[str, Tensor]:
+    tensors = factors(Q0)
+    tensors[B][3, 1] = value
+    return tensors
+
+
+def renamed(old: str, new: str) -> dict[str, Tensor]:
+    return {key.replace(old, new): tensor for key, tensor in factors(Q0).items()}
+
+
+def without(key: str) -> dict[str, Tensor]:
+    return {k: t for k, t in factors(Q0).items() if k != key}
+
+
+def extra(key: str, *shape: int) -> dict[str, Tensor]:
+    return factors(Q0) | {key: torch.zeros(*shape)}
+
+
+BROKEN_TENSORS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, object], tuple[str, ...]]] = {
+    "NaN": (lambda: poison(float("nan")), {}, (B, "1 NaN or Inf")),
+    "Inf": (lambda: poison(float("-inf")), {}, (B, "1 NaN or Inf")),
+    "rank above the config": (lambda: factors(Q0, rank=4), {"r": 2}, ("rank 4", "rank 2")),
+    "rank below the config": (lambda: factors(Q0, rank=1), {"r": 2}, ("rank 1", "rank 2")),
+    "rank against rank_pattern": (lambda: factors(Q0), {"rank_pattern": {"q_proj": 7}}, ("rank 2", "rank 7")),
+    "A and B of two ranks": (
+        lambda: factors(Q0) | {B: torch.zeros(16, 5)},
+        {},
+        (B, "rank 5", "rank 2"),
+    ),
+    "wider base": (
+        lambda: factors(Q0) | {A: torch.zeros(2, 32)},
+        {},
+        (A, "32 columns", "16 in features", "another base"),
+    ),
+    "taller base": (lambda: factors(Q0) | {B: torch.zeros(32, 2)}, {}, (B, "32 rows", "16 out features")),
+    "one dimension": (lambda: factors(Q0) | {A: torch.zeros(32)}, {}, (A, "[32]", "gathered")),
+    "three dimensions": (lambda: factors(Q0) | {A: torch.zeros(2, 16, 1)}, {}, (A, "[2, 16, 1]")),
+    "not gathered": (lambda: factors(Q0) | {A: torch.zeros(0)}, {}, (A, "ZeRO-3")),
+    "A without B": (lambda: without(B), {}, (Q0, "no lora_B.weight")),
+    "B without A": (lambda: without(A), {}, (Q0, "no lora_A.weight")),
+    "another layer": (lambda: renamed("layers.0.", "layers.9."), {}, ("layers.9", "the base has 14")),
+    "another module": (
+        lambda: renamed("q_proj", "qkv_proj"),
+        {},
+        ("qkv_proj", "model.layers.0 has model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj"),
+    ),
+    "one of two unknown": (
+        lambda: factors(Q0) | renamed("q_proj", "fused_proj"),
+        {},
+        ("fused_proj.lora_A.weight", "matches no linear layer"),
+    ),
+    "embedding": (lambda: extra("base_model.model.model.embed_tokens.lora_embedding_A", 2, 9), {}, ("embed_tokens",)),
+    "head": (lambda: extra("base_model.model.lm_head.lora_A.weight", 2, 16), {}, ("lm_head", "output head")),
+    "resized embedding": (
+        lambda: extra("base_model.model.model.embed_tokens.weight", 9, 16),
+        {},
+        ("embed_tokens.weight",),
+    ),
+    "modules_to_save": (
+        lambda: extra("base_model.model.score.modules_to_save.weight", 2, 16),
+        {},
+        ("modules_to_save",),
+    ),
+    "trained bias": (lambda: extra(f"base_model.model.{Q0}.bias", 16), {}, (f"{Q0}.bias",)),
+    "DoRA": (lambda: extra(f"base_model.model.{Q0}.lora_magnitude_vector", 16), {}, ("lora_magnitude_vector", "DoRA")),
+    "KaSA": (lambda: extra(f"base_model.model.{Q0}.lora_diag", 2), {}, ("lora_diag",)),
+    "parameter": (
+        lambda: extra("base_model.model.mlp.experts.base_layer.lora_A.weight", 2, 2),
+        {},
+        ("target_parameters",),
+    ),
+    "bias of A": (lambda: extra(f"base_model.model.{Q0}.lora_A.bias", 2), {}, ("lora_A.bias",)),
+    "bias not in the config": (lambda: factors(Q0, bias=True), {}, ("lora_B.bias", "lora_bias")),
+    "bias only in the config": (lambda: factors(Q0), {"lora_bias": True}, ("lora_B.bias", Q0)),
+    "bias of another size": (
+        lambda: factors(Q0, bias=True) | {B.replace("weight", "bias"): torch.zeros(5)},
+        {"lora_bias": True},
+        ("[5]", "[16]"),
+    ),
+    "two adapters": (
+        lambda: factors(Q0) | renamed("lora_A.weight", "lora_A.other.weight"),
+        {},
+        ("same part", "one adapter"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "fields", "says"), BROKEN_TENSORS.values(), ids=BROKEN_TENSORS.keys())
+def test_broken_tensors(
+    tmp_path: Path, tensors: Callable[[], dict[str, Tensor]], fields: dict[str, object], says: tuple[str, ...]
+) -> None:
+    refused(write(tmp_path, tensors(), **fields), *says)
+
+
+@pytest.mark.parametrize("rename", [("", ""), ("base_model.model.", ""), ("lora_A.weight", "lora_A.default.weight")])
+def test_keys_as_people_write_them(tmp_path: Path, rename: tuple[str, str]) -> None:
+    files = read_adapter(write(tmp_path, renamed(*rename) if rename[0] else factors(Q0)), SITES, limits=LIMITS)
+    assert [f.site.name for f in files.factors] == [Q0]
+
+
+@pytest.mark.parametrize("module", ["layers.0.self_attn.q_proj", f"language_model.{Q0}"])
+def test_one_prefix_may_differ_in_all_modules(tmp_path: Path, module: str) -> None:
+    """An adapter that was trained on AutoModel lacks "model."; one of a larger model has more in front."""
+    files = read_adapter(write(tmp_path, renamed(Q0, module)), SITES, limits=LIMITS)
+    assert [f.site.name for f in files.factors] == [Q0]
+
+
+def test_patterns_see_the_path_that_the_adapter_was_trained_with(tmp_path: Path) -> None:
+    """rank_pattern keys are written against the training model, not against this base's names."""
+    tensors = renamed(Q0, "layers.0.self_attn.q_proj")
+    files = read_adapter(write(tmp_path, tensors, r=9, rank_pattern={"^layers.0.+": 2}), SITES, limits=LIMITS)
+    assert files.factors[0].rank == 2
+
+
+def test_an_ambiguous_prefix_is_refused(tmp_path: Path) -> None:
+    """Guessing the tower of a two-tower model would serve wrong answers in silence."""
+    towers = [Site(i, f"{tower}.{Q0}", 16, 16) for i, tower in enumerate(("text", "vision"))]
+    write(tmp_path)
+    with pytest.raises(InvalidAdapter, match="2 places"):
+        read_adapter(tmp_path, towers, limits=LIMITS)
+
+
+def test_a_prefix_is_not_guessed_when_some_modules_match_as_they_are(tmp_path: Path) -> None:
+    tensors = factors(Q0) | {key.replace("model.model.", "model."): tensor for key, tensor in factors(K0).items()}
+    refused(write(tmp_path, tensors), "matches no linear layer")
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of an old and half of a new file may pass every other check."""
+    write(tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    parse = snapshot.parse_header
+
+    def rewrite(*args: object) -> object:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return parse(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(snapshot, "parse_header", rewrite)
+    assert refused(tmp_path, "changed while it was read").reason == "ADAPTER_FILES_CHANGED"
+
+
+def test_a_file_cut_off_while_it_is_read_does_not_kill_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file would: the first touch of a lost page is SIGBUS."""
+    write(tmp_path)
+    start = snapshot._start
+
+    def cut(file: object, digest: object) -> int:
+        size = start(file, digest)  # type: ignore[arg-type]
+        if str(file.name).endswith(WEIGHTS_FILE):  # type: ignore[attr-defined]
+            os.truncate(tmp_path / WEIGHTS_FILE, 10)
+        return size
+
+    monkeypatch.setattr(snapshot, "_start", cut)
+    refused(tmp_path, "changed while it was read")
+
+
+def test_unreadable_files_are_an_adapter_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+
+    def denied(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(snapshot.os, "open", denied)
+    assert refused(tmp_path, "Permission denied").reason == "ADAPTER_FILES_UNREADABLE"
+
+
+def test_the_digest_tells_every_byte_of_both_files(tmp_path: Path) -> None:
+    """Idempotent loads compare digests: bytes that move from one file to the other must show."""
+    digests = set()
+    for index, (config, weights) in enumerate([(b"ab", b"c"), (b"a", b"bc"), (b"ab", b"d"), (b"", b"abc")]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        (folder / CONFIG_FILE).write_bytes(config)
+        (folder / WEIGHTS_FILE).write_bytes(weights)
+        digests.add(snapshot.folder_digest(folder, LIMITS))
+    assert len(digests) == 4
+
+
+def test_read_leaves_no_open_files(tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "good"), write(tmp_path / "bad", poison(float("nan")))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        read_adapter(good, SITES, limits=LIMITS)
+        refused(bad)
+        refused(good, limits=ReadLimits(file_bytes=1))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_config_errors_come_through(tmp_path: Path) -> None:
+    refused(write(tmp_path, use_dora=True), "use_dora", "not served yet")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps([]))
+    refused(tmp_path, CONFIG_FILE)

@@ -1,0 +1,199 @@
+"""A whole server on loopback: real gRPC, real registry, manager and engine; only the model has no arithmetic.
+
+`ScriptedEngine` stands in for the engine where a test needs one that misbehaves or never ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from loramux.client import AsyncAdminClient, AsyncClient
+from loramux.config import Settings
+from loramux.engine.door import Limits
+from loramux.engine.loop import AsyncEngine
+from loramux.engine.request import Delta, Event, FinishReason, Request, SequenceFinished, Usage
+from loramux.engine.settings import EngineSettings
+from loramux.engine.stats import EngineStats
+from loramux.errors import InvalidAdapter, InvalidRequest, LoramuxError
+from loramux.lora.limits import ReadLimits
+from loramux.lora.manager import AdapterManager
+from loramux.lora.registry import AdapterRegistry
+from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, AdapterRoots
+from loramux.lora.snapshot import folder_digest
+from loramux.rpc.ports import ModelInfo
+from loramux.rpc.server import Addresses, Parts, Server
+from tests.engine.fakes import VOCAB, FakeModel, byte_tokenizer
+
+MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_proj", "v_proj"))
+
+
+class ByteTokens:
+    """One token a byte. A prompt that begins with "slow:" takes until `go` is set."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Any) -> list[int]:
+        if messages[0]["role"] == "assistant":
+            raise InvalidRequest("chat.messages", "the template wants a user first")
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+
+@dataclass
+class ScriptedEngine:
+    """Keeps EngineClient's promises about `on_finish`; what it delivers is the test's `script`."""
+
+    script: Callable[[Request], AsyncIterator[Event]]
+    on_finish: Callable[[Request], None] = lambda _: None
+    healthy: bool = True
+    limits: Limits = field(default_factory=lambda: Limits(vocab_size=VOCAB, max_context=4096))
+    live: set[str] = field(default_factory=set)
+    seen: list[Request] = field(default_factory=list)
+    drained: bool = False
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        self.live.add(request.request_id)
+        self.seen.append(request)
+        try:
+            async for event in self.script(request):
+                yield event
+        finally:
+            self.live.discard(request.request_id)
+            self.on_finish(request)
+
+    def abort(self, request_id: str, error: LoramuxError) -> None:
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        pass
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self.live))
+
+    async def drain(self, timeout: float) -> int:
+        self.drained = True
+        return 0
+
+
+def finished(index: int = 0, *, last: bool = True) -> SequenceFinished:
+    """A good end."""
+    return SequenceFinished(index, FinishReason.STOP, usage=Usage(1, 1, 0), last=last)
+
+
+async def two_words(request: Request) -> AsyncIterator[Event]:
+    """A short, good answer."""
+    yield Delta(0, "hello ", [1])
+    yield Delta(0, "world", [2])
+    yield finished()
+
+
+async def endless(request: Request) -> AsyncIterator[Event]:
+    """Never ends, and never says anything."""
+    yield Delta(0, "x", [1])
+    await asyncio.Event().wait()
+
+
+def write_adapter(root: Path, name: str, content: bytes = b"weights") -> Path:
+    """A folder that the fake reader takes; content that begins with b"bad" it refuses."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA"}))
+    (folder / WEIGHTS_FILE).write_bytes(content)
+    return folder
+
+
+def read_adapter(folder: Path) -> Any:
+    """What lora.peft_files would do, without tensors."""
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    if content.startswith(b"bad"):
+        raise InvalidAdapter("lora_A", "holds NaN")
+    digest = folder_digest(folder, ReadLimits())
+    return SimpleNamespace(
+        weights={0: digest}, nbytes=len(content), digest=digest, max_rank=8, target_modules=("q_proj",), site_count=2
+    )
+
+
+@dataclass
+class Running:
+    """A server that runs, with a client on each port."""
+
+    server: Server
+    addresses: Addresses
+    engine: Any
+    registry: AdapterRegistry
+    manager: AdapterManager
+    roots: Path
+    client: AsyncClient
+    admin: AsyncAdminClient
+
+    def at_baseline(self) -> bool:
+        """No lease is out and nothing runs or waits."""
+        stats = self.engine.stats()
+        return stats.running + stats.waiting + sum(len(e.leases) for e in self.registry.entries()) == 0
+
+    async def settle(self) -> None:
+        """Until everything is at its baseline again; fails after five seconds."""
+        async with asyncio.timeout(5):
+            while not self.at_baseline():
+                await asyncio.sleep(0.01)
+        self.registry.check()
+
+
+@asynccontextmanager
+async def running(
+    root: Path,
+    *,
+    adapters: tuple[str, ...] = (),
+    script: Callable[[Request], AsyncIterator[Event]] | None = None,
+    engine_settings: EngineSettings | None = None,
+    model: FakeModel | None = None,
+    api_key: str | None = None,
+    admin_key: str | None = None,
+    load: bool = True,
+    budget: int | None = None,
+    **settings: Any,
+) -> AsyncIterator[Running]:
+    """Serve the adapters (folders are made) on free ports. `script`: with a ScriptedEngine."""
+    for name in adapters:
+        if not (root / name).exists():
+            write_adapter(root, name, f"weights of {name}".encode())
+    registry = AdapterRegistry(device_budget=budget)
+
+    def release(request: Request) -> None:
+        for use in request.adapters:
+            registry.release(use.handle.uid, request.request_id)
+
+    engine: Any
+    async with AsyncExitStack() as after:
+        manager = AdapterManager(registry, AdapterRoots([root]), read_adapter, load_timeout=5.0)
+        if script is not None:
+            engine = ScriptedEngine(script, on_finish=release)
+        else:
+            engine = AsyncEngine(
+                model or FakeModel(),
+                byte_tokenizer(),
+                engine_settings or EngineSettings(block_size=4),
+                on_finish=release,
+            )
+            await engine.start()
+            after.push_async_callback(engine.stop)
+        values = {"port": 0, "admin_port": 0, "metrics_port": 0, "drain_timeout": 5.0} | settings
+        server = Server(
+            Settings(api_key=api_key, admin_key=admin_key, **values),
+            Parts(engine, manager, ByteTokens(), MODEL),
+        )
+        addresses = await server.start()
+        after.push_async_callback(server.drain)
+        if load:
+            for name in adapters:
+                await manager.load(name)
+        client = await after.enter_async_context(AsyncClient(addresses.public, api_key=api_key, timeout=20))
+        admin = await after.enter_async_context(AsyncAdminClient(addresses.admin, api_key=admin_key, timeout=20))
+        yield Running(server, addresses, engine, registry, manager, root, client, admin)
