@@ -8,7 +8,7 @@ import time
 
 import pytest
 from loramux.errors import InvalidAdapter
-from loramux.lora.patterns import compile_pattern
+from loramux.lora.patterns import PatternTable
 from loramux.lora.peft_config import PeftConfig, parse_config
 from peft import LoraConfig
 
@@ -19,7 +19,7 @@ def parse(**fields: object) -> PeftConfig:
     return parse_config(json.dumps(config(**fields)).encode())
 
 
-REFUSED = {
+REFUSED: dict[str, list[object]] = {
     "peft_type": ["LOHA", "ADALORA", "lora"],
     "bias": ["all", "lora_only"],
     "use_dora": [True],
@@ -151,7 +151,7 @@ def test_broken_json(data: bytes, says: str) -> None:
 def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
     """Python's matcher holds the interpreter's lock: one catastrophic pattern would stop every request."""
     with pytest.raises(InvalidAdapter, match="very long"):
-        compile_pattern("rank_pattern", pattern)
+        PatternTable.compile("rank_pattern", {pattern: 1})
 
 
 @pytest.mark.parametrize(
@@ -167,10 +167,10 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
     ],
 )
 def test_patterns_that_people_write_are_fast(pattern: str) -> None:
-    regex = compile_pattern("rank_pattern", pattern)
+    table = PatternTable.compile("rank_pattern", {pattern: 1})
     start = time.perf_counter()
     for _ in range(100):
-        regex.match("base.model.layers.27.self_attn.some_longer_name.q_projection")
+        table.find("base.model.layers.27.self_attn.some_longer_name.q_projection", 0)
     assert time.perf_counter() - start < 1.0
 
 
@@ -181,3 +181,18 @@ def test_the_first_matching_pattern_decides() -> None:
     assert parsed.rank_of("model.layers.1.self_attn.qq_proj") == 2
     assert parsed.scale_of("model.layers.1.self_attn.q_proj", 5) == 7 / 5
     assert parsed.scale_of("model.layers.1.mlp.up_proj", 2) == 2.0
+
+
+def test_many_patterns_together_are_bounded() -> None:
+    """Each alone would pass; ten thousand of them for each layer would hold a worker for hours."""
+    with pytest.raises(InvalidAdapter, match="very long"):
+        PatternTable.compile("rank_pattern", {f".*.*x{i}": 1 for i in range(1000)})
+
+
+def test_a_pattern_for_every_module_of_a_large_model_is_fast() -> None:
+    """EVA writes one for each; compiling them anew for each module, as PEFT does, would take minutes."""
+    modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(80) for name in "qkvogud"]
+    table = PatternTable.compile("rank_pattern", {module: index + 1 for index, module in enumerate(modules)})
+    start = time.perf_counter()
+    assert [table.find(module, 0) for module in modules] == list(range(1, len(modules) + 1))
+    assert time.perf_counter() - start < 5.0

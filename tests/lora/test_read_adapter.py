@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from loramux.errors import InvalidAdapter
-from loramux.lora import snapshot
+from loramux.lora import header, snapshot
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
@@ -274,7 +274,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
     """Half of an old and half of a new file may pass every other check."""
     write(tmp_path)
     path = tmp_path / WEIGHTS_FILE
-    parse = snapshot.parse_header
+    parse = header.parse_header
 
     def rewrite(*args: object) -> object:
         data = bytearray(path.read_bytes())
@@ -282,7 +282,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
         path.write_bytes(data)
         return parse(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(snapshot, "parse_header", rewrite)
+    monkeypatch.setattr("loramux.lora.snapshot.parse_header", rewrite)
     assert refused(tmp_path, "changed while it was read").reason == "ADAPTER_FILES_CHANGED"
 
 
@@ -309,7 +309,7 @@ def test_unreadable_files_are_an_adapter_error(tmp_path: Path, monkeypatch: pyte
     def denied(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(snapshot.os, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert refused(tmp_path, "Permission denied").reason == "ADAPTER_FILES_UNREADABLE"
 
 

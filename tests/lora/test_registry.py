@@ -83,7 +83,7 @@ def test_a_failed_load_reaches_those_who_wait_and_those_who_come(registry: Adapt
 
 
 def test_a_failed_entry_keeps_no_frame_alive(registry: AdapterRegistry) -> None:
-    """An exception's traceback holds the reader's frames, and those the whole file: a failed load that keeps its memory."""
+    """A traceback holds the reader's frames, and those the whole file: a failed load that keeps its memory."""
     entry = registry.begin("a", "/a")
     try:
         raise BROKEN

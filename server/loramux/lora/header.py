@@ -17,7 +17,7 @@ from loramux.lora.roots import WEIGHTS_FILE
 
 LENGTH_BYTES = 8
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_MAX_KEY = 256  # characters; module paths of real models stay below 128
+_MAX_KEY = 192  # characters; module paths of real models stay below 128
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 

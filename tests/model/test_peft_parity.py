@@ -1,0 +1,158 @@
+"""PEFT on the same dequantized NF4 weights is the truth for adapters, all of them in one mixed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from loramux.lora.adapter import Adapter
+from loramux.lora.limits import ReadLimits
+from loramux.lora.peft_files import read_adapter
+from loramux.model.causal_lm import CausalLM, flat_inputs
+from loramux.model.loading import dequantized_model, load_model
+from loramux.ops.segment import Segment
+from tests.model.tiny import greedy_flat, save_tiny
+
+# PEFT warns of lora_bias on layers without a bias (which matters for merging) and takes it for a broken shard.
+pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA: dict[str, dict[str, Any]] = {
+    **{f"r={r}": {"r": r, "lora_alpha": 2 * r, "target_modules": LINEAR} for r in (1, 3, 8, 16, 64, 200)},
+    "rslora": {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": LINEAR},
+    "rank_pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": LINEAR,
+        "rank_pattern": {"q_proj": 7, "layers.1.mlp.down_proj": 12},
+    },
+    "alpha_pattern": {
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": LINEAR,
+        "alpha_pattern": {"v_proj": 64, "layers.2.self_attn.o_proj": 1},
+    },
+    "q/v only": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "one layer only": {"r": 8, "lora_alpha": 32, "target_modules": LINEAR, "layers_to_transform": [1]},
+    "one target missing in one layer": {"r": 8, "target_modules": r".*\.(0|2)\.self_attn\.k_proj|.*\.q_proj"},
+    "all-linear": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    "dropout": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.5, "target_modules": LINEAR},
+    "lora_bias": {"r": 8, "lora_alpha": 16, "lora_bias": True, "target_modules": ["o_proj", "down_proj"]},
+    "exclude_modules": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "exclude_modules": ["up_proj"]},
+}
+GPT2: dict[str, dict[str, Any]] = {
+    "Conv1D": {"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    "Conv1D c_attn": {"r": 3, "lora_alpha": 16, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+}
+PROMPTS = ([5, 17, 99, 3, 42, 8, 77], [7, 12], [101, 44, 55, 66, 13])
+
+
+@dataclass
+class Setting:
+    """A base folder, adapter folders by name, and PEFT's answers for each in float32."""
+
+    base: Path
+    adapters: dict[str, Path] = field(default_factory=dict)
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    greedy: dict[str, list[list[int]]] = field(default_factory=dict)
+
+
+def build(family: str, configs: dict[str, dict[str, Any]], folder: Path) -> Setting:
+    """Random adapters by PEFT itself, saved and loaded again, so that what it reads is what we read."""
+    setting = Setting(save_tiny(family, folder / "base"))
+    base = str(setting.base)
+    for i, (name, options) in enumerate(configs.items()):
+        torch.manual_seed(i)
+        model = get_peft_model(dequantized_model(base), LoraConfig(task_type="CAUSAL_LM", **options))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.data = torch.randn_like(parameter) * 0.1
+        setting.adapters[name] = folder / f"adapter-{i}"
+        model.save_pretrained(setting.adapters[name])
+    models: dict[str, Any] = {"": dequantized_model(base)}
+    models |= {n: PeftModel.from_pretrained(dequantized_model(base), p).eval() for n, p in setting.adapters.items()}
+    for name, model in models.items():
+        setting.logits[name] = all_logits(model)
+        setting.greedy[name] = [generate(model, prompt) for prompt in PROMPTS]
+    return setting
+
+
+@torch.inference_mode()
+def all_logits(model: Any) -> torch.Tensor:
+    return torch.cat([model(torch.tensor([p])).logits[0].float() for p in PROMPTS])
+
+
+def generate(model: Any, prompt: list[int]) -> list[int]:
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    configs = LLAMA if request.param == "llama" else GPT2
+    yield build(request.param, configs, tmp_path_factory.mktemp(request.param))
+
+
+def mixed(setting: Setting, dtype: str) -> tuple[CausalLM, list[str], list[list[int]], list[Segment]]:
+    """The base and every adapter with all prompts, in one batch; segments by sequence."""
+    model = load_model(str(setting.base), dtype=dtype).model
+    names = ["", *setting.adapters]
+    sequences, segments = [], []
+    for i, name in enumerate(names):
+        sequences += [list(p) for p in PROMPTS]
+        if name:
+            files = read_adapter(setting.adapters[name], model.sites, limits=ReadLimits())
+            weights = Adapter.build(files, model.sites, model.device, model.dtype).weights
+            segments.append(Segment(i * len(PROMPTS), (i + 1) * len(PROMPTS), 1.0, weights))
+    return model, names, sequences, segments
+
+
+def mixed_logits(setting: Setting, dtype: str) -> dict[str, torch.Tensor]:
+    model, names, sequences, segments = mixed(setting, dtype)
+    model.allocate_kv(len(sequences) * 2, 8)
+    starts = [0]
+    for sequence in sequences:
+        starts.append(starts[-1] + len(sequence))
+    rows = [Segment(starts[s.start], starts[s.stop], s.weight, s.sites) for s in segments]
+    logits = model.forward(flat_inputs([(s, 0) for s in sequences], 8, rows)).float()
+    return dict(zip(names, logits.split(sum(map(len, PROMPTS))), strict=True))
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_adapters_differ_from_the_base(setting: Setting) -> None:
+    """Otherwise the comparisons below would hold for a server that ignores adapters."""
+    for name in setting.adapters:
+        assert relative(setting.logits[name], setting.logits[""]) > 0.02, name
+
+
+def test_float32_logits_equal_pefts(setting: Setting) -> None:
+    for name, logits in mixed_logits(setting, "fp32").items():
+        assert relative(logits, setting.logits[name]) < 1e-4, name
+
+
+def test_greedy_tokens_equal_pefts(setting: Setting) -> None:
+    model, names, sequences, segments = mixed(setting, "fp32")
+    got = greedy_flat(model, sequences, 12, segments)
+    for i, name in enumerate(names):
+        assert got[i * len(PROMPTS) : (i + 1) * len(PROMPTS)] == setting.greedy[name], name
+
+
+def test_bfloat16_stays_within_the_spread_of_pefts_own(setting: Setting) -> None:
+    got = mixed_logits(setting, "bf16")
+    for name, folder in setting.adapters.items():
+        base = dequantized_model(str(setting.base), dtype=torch.bfloat16)
+        theirs = relative(all_logits(PeftModel.from_pretrained(base, folder).eval()), setting.logits[name])
+        ours = relative(got[name], setting.logits[name])
+        assert ours < 1.5 * theirs + 1e-3, f"{name}: {ours:.2g} against PEFT's {theirs:.2g}"
