@@ -15,6 +15,7 @@ from loadtest.target import Target
 from loadtest.workload import PlannedRequest, WorkloadSpec, plan
 
 LOADS_AT_ONCE = 4
+WARMUP_OUTPUT_LEN = 8
 
 
 class NotEnoughAdapters(Exception):
@@ -42,9 +43,15 @@ async def bench(
     workload = spec.workload
     stream = opener(target, spec)
     if spec.warmup:
-        # Prompts of their own: the measured ones must not find themselves in the server's prefix cache.
-        count = max(spec.warmup, len(workload.adapters))
-        warm = replace(workload, num_prompts=count, request_rate=None, seed=workload.seed + 1_000_003)
+        # Every adapter once, briefly; with prompts of their own, lest the measured ones be in a prefix cache.
+        warm = replace(
+            workload,
+            num_prompts=max(spec.warmup, len(workload.adapters)),
+            output_len=min(workload.output_len, WARMUP_OUTPUT_LEN),
+            spread="even",
+            request_rate=None,
+            seed=workload.seed + 1_000_003,
+        )
         await drive(stream, plan(warm), concurrency=spec.concurrency or LOADS_AT_ONCE)
     result = await drive(
         stream,

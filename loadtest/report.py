@@ -23,12 +23,7 @@ import numpy as np
 from rich.table import Table
 
 PERCENTILES = (90, 99)
-LATENCIES = {
-    "ttft": "time to first token",
-    "tpot": "time per output token",
-    "itl": "inter-token latency",
-    "e2el": "end-to-end latency",
-}
+LATENCIES = {"ttft": "first token", "tpot": "per token", "itl": "between tokens", "e2el": "whole answer"}
 
 
 @dataclass(slots=True)

@@ -84,9 +84,9 @@ def wait_for_ports(process: subprocess.Popen[bytes], ports_file: Path, log: Path
             time.sleep(0.1)
             continue
         return ServerAddress(
-            target=f"127.0.0.1:{ports['public']}",
-            admin=f"127.0.0.1:{ports['admin']}",
-            metrics=f"http://127.0.0.1:{ports['metrics']}/metrics",
+            target=ports["public"],
+            admin=ports["admin"],
+            metrics=f"http://{ports['metrics']}/metrics",
             pid=int(ports["pid"]),
         )
     raise ServerFailed(f"the server was not up after {timeout:.0f} s\n{tail(log)}")

@@ -22,27 +22,34 @@ def test_first_come_first_served() -> None:
     assert _finish_order(bench) == ["3", "2", "1", "0"], "by arrival, not by the order of submission"
 
 
-@pytest.mark.parametrize("blocks", [64, 20])
-def test_large_prompt_is_not_starved_by_small_ones(blocks: int) -> None:
-    """vLLM #16876: requests that came later overtook one that did not fit yet, for as long as they kept coming."""
-    bench = Bench(FakeModel(num_kv_blocks=blocks), max_batch_rows=4, max_batch_tokens=8)
-    bench.submit(*(request([i, i + 1], request_id=f"early {i}") for i in range(4)))
+def _steps_until_large_is_done(bench: Bench, late_prompt: int) -> int:
+    """A prompt of 64 tokens against a new small request at every step, of lengths that never end together."""
+    bench.submit(*(request([i, i + 1], max_new_tokens=3 + 2 * i) for i in range(4)))
     bench.engine.step()
-    large = request(range(64), request_id="large", max_new_tokens=2)
+    large = request(range(64), max_new_tokens=2)
     bench.submit(large)
-    after = 0
-    for i in range(400):  # a new small request at every step
+    for i in range(300):
         bench.now += 0.01
-        bench.submit(request([i % 256], request_id=f"late {i}"))
+        bench.submit(request([i % 256] * late_prompt, max_new_tokens=3 + i % 7, cache_salt=str(i)))
         bench.engine.step()
         if large in bench.finished:
-            break
-        after = i
-    assert large in bench.finished, "starved"
-    assert after < 60
-    assert bench.tokens(large) == expected(large.prompt_ids, count=2)
-    bench.run()
-    bench.assert_baseline()
+            assert bench.tokens(large) == expected(large.prompt_ids, count=2)
+            bench.run()
+            bench.assert_baseline()
+            return i
+    raise AssertionError("starved")
+
+
+def test_what_does_not_fit_is_not_overtaken_for_ever() -> None:
+    """vLLM #16876: requests that came later overtook one that did not fit yet, for as long as they kept coming."""
+    bench = Bench(FakeModel(num_kv_blocks=20), max_batch_rows=4, max_batch_tokens=16)
+    assert _steps_until_large_is_done(bench, late_prompt=2) < 25
+
+
+def test_started_prompt_keeps_its_share_of_the_budget() -> None:
+    """Each late prompt would take the whole budget of a step, if it came before the chunks of an earlier one."""
+    bench = Bench(max_batch_rows=8, max_batch_tokens=16)
+    assert _steps_until_large_is_done(bench, late_prompt=16) < 8
 
 
 def test_running_sequences_get_a_token_in_every_step() -> None:

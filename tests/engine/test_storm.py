@@ -84,4 +84,4 @@ class Storm(RuleBasedStateMachine):
 
 
 TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestStorm.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -67,9 +67,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
         self.leases[uid] += 1
         try:
             resolved = [generation_pb2.ResolvedAdapter(name=name, uid=how.answer_from or uid)] if uid else []
-            started = generation_pb2.StreamStarted(
-                prompt_tokens=len(asked.token_ids.ids), adapters=resolved
-            )
+            started = generation_pb2.StreamStarted(prompt_tokens=len(asked.token_ids.ids), adapters=resolved)
             yield generation_pb2.GenerateStreamResponse(started=started)
             left = asked.sampling.max_new_tokens - how.short_by
             turn = 0
@@ -114,9 +112,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
 
     def _adapter(self, name: str) -> adapters_pb2.Adapter:
         uid = self.loaded[name]
-        return adapters_pb2.Adapter(
-            name=name, uid=uid, state=adapters_pb2.ADAPTER_STATE_READY, leases=self.leases[uid]
-        )
+        return adapters_pb2.Adapter(name=name, uid=uid, state=adapters_pb2.ADAPTER_STATE_READY, leases=self.leases[uid])
 
     async def page(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one HTTP request with the metrics page."""

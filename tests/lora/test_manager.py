@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import CONFIG_FILE, AdapterRoots
 
-from tests.lora.fakes import FakeReader
+from tests.lora.fakes import FakeAdapter, FakeReader
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -134,6 +137,33 @@ async def test_a_failed_replacement_leaves_no_trace(manager: AdapterManager, rea
         await manager.load("a", "b", replace=True)
     assert manager.list() == [old]
     assert old.state is State.READY
+
+
+@pytest.mark.parametrize("validate_only", [False, True])
+async def test_a_failed_load_frees_what_it_read_at_once(
+    manager: AdapterManager, reader: FakeReader, validate_only: bool
+) -> None:
+    """A frame that holds its own exception keeps what it read until the next full garbage collection: files pile up."""
+
+    class Bytes(bytearray):
+        """Like what the reader holds, but one can look whether it is gone."""
+
+    seen: list[weakref.ref[Bytes]] = []
+
+    def read(folder: Path) -> FakeAdapter:
+        data = Bytes(100)
+        seen.append(weakref.ref(data))
+        raise InvalidAdapter("x", "broken")
+
+    manager._loader._read = read
+    gc.disable()
+    try:
+        with contextlib.suppress(InvalidAdapter):
+            await manager.load("a", validate_only=validate_only)
+        await asyncio.sleep(0.01)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_defect_is_told_in_one_sentence(

@@ -117,5 +117,5 @@ class RegistryMachine(RuleBasedStateMachine):
         assert all(entry.weights is None for entry in self.entries)
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+RegistryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 test_registry_machine = RegistryMachine.TestCase

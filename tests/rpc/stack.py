@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc.aio
 from loramux.client import AsyncAdminClient, AsyncClient
 from loramux.config import Settings
 from loramux.engine.door import Limits
@@ -29,6 +30,7 @@ from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, AdapterRoots
 from loramux.lora.snapshot import folder_digest
 from loramux.rpc.ports import ModelInfo
 from loramux.rpc.server import Addresses, Parts, Server
+from loramux.v1 import adapters_pb2_grpc, generation_pb2_grpc
 
 from tests.engine.fakes import VOCAB, FakeModel, byte_tokenizer
 
@@ -148,6 +150,16 @@ class Running:
         self.registry.check()
 
 
+def generation_stub(channel: grpc.aio.Channel) -> Any:
+    """The generated client, for what our own would not send."""
+    return generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+def adapter_stub(channel: grpc.aio.Channel) -> Any:
+    """The same of the admin port."""
+    return adapters_pb2_grpc.AdapterServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
 @asynccontextmanager
 async def running(
     root: Path,
@@ -160,6 +172,7 @@ async def running(
     admin_key: str | None = None,
     load: bool = True,
     budget: int | None = None,
+    server_type: type[Server] = Server,
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """Serve the adapters (folders are made) on free ports. `script`: with a ScriptedEngine."""
@@ -187,7 +200,7 @@ async def running(
             await engine.start()
             after.push_async_callback(engine.stop)
         values = {"port": 0, "admin_port": 0, "metrics_port": 0, "drain_timeout": 5.0} | settings
-        server = Server(
+        server = server_type(
             Settings(api_key=api_key, admin_key=admin_key, **values),
             Parts(engine, manager, ByteTokens(), MODEL),
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
-from loramux.answers import Delta, Finished, Sampling, Started
+from loramux.answers import Delta, Finished, Started
 
 from tests.engine.fakes import expected
 from tests.rpc.stack import running
 
-GREEDY: Sampling = {"max_new_tokens": 8, "ignore_eos": True}
+GREEDY: Any = {"max_new_tokens": 8, "ignore_eos": True}
 
 
 async def test_unary_answer_is_the_models(tmp_path: Path) -> None:

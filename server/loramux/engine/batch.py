@@ -34,9 +34,7 @@ def build_batch(rows: list[Row], block_size: int) -> Batch:
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
     positions = np.arange(query_starts[-1]) - (query_starts[:-1] - starts)[row_of_token]
     tables = _block_tables(rows)
-    slots = (
-        tables[row_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    )
+    slots = tables[row_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
     wanted = np.array([row.wants_logits for row in rows])
     inputs = ModelInputs(
         token_ids=torch.from_numpy(_token_ids(rows)),
@@ -53,9 +51,7 @@ def build_batch(rows: list[Row], block_size: int) -> Batch:
 
 def _token_ids(rows: list[Row]) -> np.ndarray:
     # A slice of an array.array is a copy, so the sequences may grow while the batch is in flight.
-    return np.concatenate(
-        [np.frombuffer(row.sequence.tokens[row.start : row.stop], dtype=np.int64) for row in rows]
-    )
+    return np.concatenate([np.frombuffer(row.sequence.tokens[row.start : row.stop], dtype=np.int64) for row in rows])
 
 
 def _block_tables(rows: list[Row]) -> np.ndarray:

@@ -25,9 +25,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """`tokenizer`: the Hugging Face fast tokenizer's `backend_tokenizer`."""
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(
-            i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        self.special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
     def open(self) -> TextStream:

@@ -140,9 +140,7 @@ def _within(name: str, given: float, low: float, high: float) -> None:
         raise _invalid(name, f"must be in [{low:g}, {high:g}], got {given!r}", f"[{low:g}, {high:g}]", given)
 
 
-def _invalid(
-    name: str, text: str, limit: object, given: object, *, reason: str | None = None
-) -> InvalidRequest:
+def _invalid(name: str, text: str, limit: object, given: object, *, reason: str | None = None) -> InvalidRequest:
     if str(given) not in text:
         text = f"{text}, got {given}"
     return InvalidRequest(name, text, reason=reason, metadata={"limit": limit, "given": given})

@@ -88,9 +88,7 @@ class Engine:
         self._detokenizer = Detokenizer(tokenizer)
         self._on_finish = on_finish
         self._clock = clock
-        self._groups: dict[
-            Request, Group
-        ] = {}  # by identity: callers choose request ids, and may choose one twice
+        self._groups: dict[Request, Group] = {}  # by identity: callers choose request ids, and may choose one twice
         self._serial = itertools.count()
         self._seconds = StepSeconds()
         self._consecutive_faults = 0
@@ -281,9 +279,7 @@ class Engine:
         group = seq.group
         group.unfinished -= 1
         last = group.unfinished == 0
-        event = SequenceFinished(
-            seq.index, reason, seq.scanner.found, group.usage(), group.timings(), last=last
-        )
+        event = SequenceFinished(seq.index, reason, seq.scanner.found, group.usage(), group.timings(), last=last)
         if last:
             self.finish(group, event)
         else:

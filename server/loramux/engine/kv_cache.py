@@ -116,9 +116,7 @@ class KVCache:
         assert len(free) == len(set(free)), "a block is free twice"
         assert set(free).isdisjoint(held), "a held block is free"
         assert len(free) + len(held) == self.num_blocks, "a block is lost"
-        assert {block: key for key, block in self._block_of.items()} == self._key_of, (
-            "keys and blocks disagree"
-        )
+        assert {block: key for key, block in self._block_of.items()} == self._key_of, "keys and blocks disagree"
         assert set(self._remembered) <= set(self._key_of), "a remembered block has no key"
         assert set(self._empty).isdisjoint(self._key_of), "an empty block has a key"
 

@@ -187,9 +187,7 @@ class AsyncEngine:
             self._idle.set()
         try:
             self._on_finish(request)
-        except (
-            Exception
-        ):  # a defect of the owner; the other requests of this delivery must not lose their events
+        except Exception:  # a defect of the owner; the other requests of this delivery must not lose their events
             log.exception("giving back the lease of request %r failed", request.request_id)
 
     def _fail_all(self, error: Callable[[], LoramuxError]) -> None:

@@ -43,10 +43,9 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[Sampled | None]:
     """One token for each row of logits [R, V] (any float dtype, only read); None: the row is not finite."""
     raw = logits.float()
     chosen_from = _apply_rules(raw, seqs)
-    tokens = chosen_from.argmax(dim=1)
+    largest, tokens = chosen_from.max(dim=1)  # of equal ones the first, as documented
     # A sum is finite only if every addend is: one pass, no mask of the size of the logits. A row that the
     # rules leave without any token has no finite maximum.
-    largest = chosen_from.gather(1, tokens[:, None])[:, 0]
     sound = (raw.sum(dim=1).isfinite() & largest.isfinite()).tolist()
     drawn = [i for i, seq in enumerate(seqs) if sound[i] and not _is_greedy(seq)]
     plain = [i for i in drawn if not _has_cutoff(seqs[i])]
@@ -156,9 +155,7 @@ def _probabilities(logits: Tensor, seqs: list[Sequence]) -> Tensor:
 def _invert(cumulative: Tensor, total: Tensor, seqs: list[Sequence]) -> Tensor:
     """The first place [N, 1] where the cumulative mass exceeds u x total, below total itself."""
     draws = [uniform(seq.group.seed, seq.index, seq.num_output) for seq in seqs]
-    target = torch.minimum(
-        total * _column(total, draws, torch.float64), total.nextafter(torch.zeros_like(total))
-    )
+    target = torch.minimum(total * _column(total, draws, torch.float64), total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)
 
 
@@ -166,8 +163,9 @@ def _id_of_rank(logits: Tensor, values: Tensor, rank: Tensor) -> Tensor:
     """The token at place `rank` [N, 1] of a stable sort by falling logit: equal logits by rising id."""
     value = values.gather(1, rank)
     place = rank - (values > value).sum(dim=1, keepdim=True)
-    equal = logits == value
-    return (equal & (equal.cumsum(dim=1) == place + 1)).to(torch.int8).argmax(dim=1)
+    rows, ids = (logits == value).nonzero(as_tuple=True)  # by row, then by id
+    first = torch.searchsorted(rows, torch.arange(len(logits), device=rows.device))
+    return ids[first + place[:, 0]]
 
 
 def _column(like: Tensor, values: list[float] | list[int] | list[bool], dtype: torch.dtype) -> Tensor:

@@ -41,9 +41,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other."""
         if min(self.block_size, self.max_batch_rows, self.max_queue, self.max_pending_tokens) < 1:
-            raise ValueError(
-                "block_size, max_batch_rows, max_queue and max_pending_tokens must be at least 1"
-            )
+            raise ValueError("block_size, max_batch_rows, max_queue and max_pending_tokens must be at least 1")
         if self.max_batch_tokens < self.max_batch_rows:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must not be below max_batch_rows "

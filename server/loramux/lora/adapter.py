@@ -94,7 +94,7 @@ def _check_finite(site: Site, views: LoraWeights, dtype: torch.dtype) -> None:
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise InvalidAdapter(
                 f"{site.name}.{name}",
-                f"has numbers that do not fit into {dtype} once scaled; serve in bfloat16 or float32, "
-                "or lower lora_alpha",
+                f"has numbers that do not fit into {dtype} once scaled; serve in bfloat16 or float32, or lower "
+                "lora_alpha",
                 reason="NOT_FINITE",
             )

@@ -8,8 +8,7 @@ from loramux.errors import Overloaded
 class ByteBudget:
     """Bytes by owner (an adapter's uid): reserved while a load runs, used once it is loaded.
 
-    `limit` is the most of both together; None is no bound. Owners are named, so that giving back twice is
-    harmless.
+    `limit` is the most of both together; None is no bound. Owners are named, so that giving back twice is harmless.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -61,8 +60,8 @@ class ByteBudget:
         taken = self.used + self.reserved - self._reserved.get(owner, 0)
         if self.limit is not None and taken + nbytes > self.limit:
             raise Overloaded(
-                f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of "
-                f"{_mib(self.limit)} are taken; unload an adapter or raise --adapter-memory",
+                f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of {_mib(self.limit)} are "
+                "taken; unload an adapter or raise --adapter-memory",
                 retry_after=5.0,
                 reason="ADAPTER_BUDGET_EXCEEDED",
                 metadata={"needed_bytes": nbytes, "used_bytes": taken, "budget_bytes": self.limit},

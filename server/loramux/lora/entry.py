@@ -49,10 +49,10 @@ class LoadedAdapter(Protocol):
 class AdapterEntry:
     """One load of one adapter. Only the registry writes to it; it is also the handle that requests hold.
 
-    `weights` is set when it becomes READY and taken away when its last request is gone. `error` is set if the
-    load fails: an AdapterUnavailable with the reason in full, for the requests that waited. `leases` are the
-    ids of the requests that use it: a set, so that taking and giving back twice is harmless. `loaded_at` and
-    `last_used_at` are seconds since the epoch; 0 is never.
+    `weights` is set when it becomes READY and taken away when its last request is gone. `error` is set if the load
+    fails: an AdapterUnavailable with the reason in full, for the requests that waited. `leases` are the ids of the
+    requests that use it: a set, so that taking and giving back twice is harmless. `loaded_at` and `last_used_at` are
+    seconds since the epoch; 0 is never.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked by us before any byte of it is used. Imports no torch.
 
-The format: 8 bytes length N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets}}, then the
-data. Every byte of the data must belong to exactly one tensor.
+The format: 8 bytes length N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
+Every byte of the data must belong to exactly one tensor.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def header_length(prefix: bytes, file_bytes: int, limits: ReadLimits) -> int:
     """Bytes of the JSON header, from the file's first 8 bytes. Raises InvalidAdapter if it cannot be true."""
     if prefix.startswith(_PICKLES):
         raise _corrupt(
-            "is a pickle (torch.save) under another name; pickles are never opened. Convert it where you "
-            "trust it: "
+            "is a pickle (torch.save) under another name; pickles are never opened. Convert it where you trust it: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'adapter_model.safetensors')"
         )
     if len(prefix) < LENGTH_BYTES:

@@ -1,9 +1,9 @@
 """Where an adapter's factors lie in its one flat buffer. Integers only; imports no torch.
 
-Sites are taken by index. Neighbours that share their input (one parent module, one width: q, k, v; gate, up)
-form a group, and a group is laid out as all A's, then all B's, then all biases, so that the A's of a fused
-linear are adjacent and may be read as one matrix. Every tensor starts at a 64-byte boundary (a cache line,
-and more than any vector load needs), and takes whole lines; the bytes in between are zero.
+Sites are taken by index. Neighbours that share their input (one parent module, one width: q, k, v; gate, up) form a
+group, and a group is laid out as all A's, then all B's, then all biases, so that the A's of a fused linear are
+adjacent and may be read as one matrix. Every tensor starts at a 64-byte boundary (a cache line, and more than any
+vector load needs), and takes whole lines; the bytes in between are zero.
 """
 
 from __future__ import annotations

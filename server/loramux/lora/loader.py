@@ -56,21 +56,19 @@ class Loader:
         while (running := self._loads.get(name)) is not None:
             await asyncio.wait({running})
         job = self._job()
-        task = self._start(name, job, self._load(job, name, source, replace, pin))
-        self._loads[name] = task
-        return await asyncio.shield(task)
+        # No name for the task here: a frame that holds its task holds its exception, which holds the frame.
+        return await asyncio.shield(self._start(name, job, self._load(job, name, source, replace, pin), self._loads))
 
     async def validate(self, name: str, source: str) -> AdapterEntry:
         """Read and drop; the entry is in no registry."""
         job = self._job()
-        entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source)))
+        entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source), {}))
         return entry
 
     async def abort(self, name: str, error: LoramuxError) -> bool:
         """End the load of `name` that runs, if one does.
 
-        On return that load has left its last trace. A later one may have begun; it has not reached the
-        registry.
+        On return that load has left its last trace. A later one may have begun; it has not reached the registry.
         """
         task = self._loads.get(name)
         if task is None:
@@ -93,14 +91,16 @@ class Loader:
             raise Draining("the server is shutting down and loads no more adapters")
         return Job(self._timeout)
 
-    def _start(self, name: str, job: Job, work: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
+    def _start(
+        self, name: str, job: Job, work: Coroutine[Any, Any, Outcome], by_name: dict[str, asyncio.Task[Outcome]]
+    ) -> asyncio.Task[Outcome]:
         task = asyncio.get_running_loop().create_task(work)
         self._jobs[task] = job
+        by_name[name] = task
 
         def ended(task: asyncio.Task[Outcome]) -> None:
             del self._jobs[task]
-            if self._loads.get(name) is task:
-                del self._loads[name]
+            del by_name[name]
             retrieve(task)  # the caller may be gone
 
         task.add_done_callback(ended)
@@ -124,31 +124,28 @@ class Loader:
                 loaded = await self._read_within_budget(job, entry.uid, name, folder)
                 seconds = asyncio.get_running_loop().time() - started
                 return self._registry.ready(entry.uid, loaded, load_seconds=seconds), False
-            except asyncio.CancelledError:
-                self._registry.fail(entry.uid, Cancelled("the server stopped while it was loading"))
+            except BaseException as error:
+                stopped = Cancelled("the server stopped while it was loading")
+                self._registry.fail(entry.uid, error if isinstance(error, LoramuxError) else stopped)
                 raise
-            except Exception as error:
-                known = _as_known(name, error)
-                self._registry.fail(entry.uid, known)
-                raise known from None
 
     async def _validate(self, job: Job, name: str, source: str) -> Outcome:
         folder = await self._workers.run(job, self._roots.resolve, source)
         owner = f"validation {uuid.uuid4().hex}"
         with self._reservation(job, owner):
-            try:
-                loaded = await self._read_within_budget(job, owner, name, folder)
-            except Exception as error:
-                raise _as_known(name, error) from None
+            loaded = await self._read_within_budget(job, owner, name, folder)
             entry = AdapterEntry(name, "", str(folder), False, loaded.digest, State.UNLOADED)
             entry.nbytes, entry.max_rank = loaded.nbytes, loaded.max_rank
             entry.target_modules, entry.site_count = tuple(loaded.target_modules), loaded.site_count
             return entry, False
 
     async def _read_within_budget(self, job: Job, owner: str, name: str, folder: Path) -> LoadedAdapter:
-        nbytes = await self._workers.run(job, self._measure, folder)
-        self._registry.budget.reserve(owner, nbytes, what=f"adapter {name!r}")
-        return await self._workers.run(job, self._read, folder)
+        try:
+            nbytes = await self._workers.run(job, self._measure, folder)
+            self._registry.budget.reserve(owner, nbytes, what=f"adapter {name!r}")
+            return await self._workers.run(job, self._read, folder)
+        except Exception as error:
+            raise _as_known(name, error) from None
 
     @contextmanager
     def _reservation(self, job: Job, owner: str) -> Iterator[None]:

@@ -29,9 +29,9 @@ class Unloaded(NamedTuple):
 class AdapterManager:
     """Used by one event loop, in its thread.
 
-    `read(folder)` reads, checks and places an adapter; `measure(folder)` says beforehand how many bytes it
-    will take (the weights file's size, if not given). Both run in a worker and may raise any LoramuxError.
-    `load_timeout` is in seconds, and so is `cancel_grace`: how long cancelled requests may take to end.
+    `read(folder)` reads, checks and places an adapter; `measure(folder)` says beforehand how many bytes it will take
+    (the weights file's size, if not given). Both run in a worker and may raise any LoramuxError. `load_timeout` is in
+    seconds, and so is `cancel_grace`: how long cancelled requests may take to end.
     """
 
     def __init__(
@@ -73,15 +73,14 @@ class AdapterManager:
     ) -> tuple[AdapterEntry, bool]:
         """Load the folder `source` (empty: the folder `name`) and give it the name.
 
-        Returns the entry, and whether the same content was loaded under this name already. Loads of one name
-        run one after another. Who waits here may go away: the load goes on, and asking again finds its
-        result. A replacement stays pinned if what it replaces was. With `validate_only` the adapter is read
-        and dropped, and the entry, which is in no registry, describes it.
+        Returns the entry, and whether the same content was loaded under this name already. Loads of one name run one
+        after another. Who waits here may go away: the load goes on, and asking again finds its result. A replacement
+        stays pinned if what it replaces was. With `validate_only` the adapter is read and dropped, and the entry,
+        which is in no registry, describes it.
 
-        Raises InvalidRequest, PathNotAllowed, InvalidAdapter; AdapterExists for other content without
-        `replace`; Overloaded if the bytes do not fit; DeadlineExceeded after `load_timeout`; Cancelled if the
-        adapter is unloaded meanwhile; Draining after `close`; AdapterUnavailable for a defect, whose
-        traceback is in the log.
+        Raises InvalidRequest, PathNotAllowed, InvalidAdapter; AdapterExists for other content without `replace`;
+        Overloaded if the bytes do not fit; DeadlineExceeded after `load_timeout`; Cancelled if the adapter is
+        unloaded meanwhile; Draining after `close`; AdapterUnavailable for a defect, whose traceback is in the log.
         """
         check_name(name)
         if validate_only:
@@ -98,11 +97,11 @@ class AdapterManager:
     ) -> Unloaded:
         """Take the name away, wait until no request holds the adapter, and free it.
 
-        A load of the name that runs is aborted first. After `drain_timeout` seconds (None: no bound) the
-        requests that still run are cancelled through `cancel(request_id)` if `cancel_after_timeout`, else
-        DeadlineExceeded is raised and the drain goes on. Unloading a name that is gone but still drains joins
-        that drain, so that an operator whose first call timed out can cancel with a second one; it reports
-        the same bytes. Who waits here may go away: the drain goes on. Raises AdapterNotFound.
+        A load of the name that runs is aborted first. After `drain_timeout` seconds (None: no bound) the requests
+        that still run are cancelled through `cancel(request_id)` if `cancel_after_timeout`, else DeadlineExceeded is
+        raised and the drain goes on. Unloading a name that is gone but still drains joins that drain, so that an
+        operator whose first call timed out can cancel with a second one; it reports the same bytes. Who waits here
+        may go away: the drain goes on. Raises AdapterNotFound.
         """
         why = f"adapter {name!r} was unloaded while it was loading"
         aborted = await self._loader.abort(name, Cancelled(why, reason="ADAPTER_UNLOADED"))

@@ -45,8 +45,8 @@ class FactorKey:
 def parse_key(key: str) -> FactorKey:
     """The parts of a key such as "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
 
-    `part` is "A", "B" or "bias" (of B). PEFT drops the adapter's name ("lora_A.default.weight") when it
-    saves; files written by hand may still have it. Raises InvalidAdapter that names the key.
+    `part` is "A", "B" or "bias" (of B). PEFT drops the adapter's name ("lora_A.default.weight") when it saves; files
+    written by hand may still have it. Raises InvalidAdapter that names the key.
     """
     for mark, message in _REFUSED_KEYS:
         if mark in key:
@@ -55,9 +55,8 @@ def parse_key(key: str) -> FactorKey:
     if match is None or (match["part"] == "A" and match["kind"] == "bias"):
         raise _unsupported(
             key,
-            "is neither lora_A.weight, lora_B.weight nor lora_B.bias of a linear layer; save the adapter "
-            "with PEFT's "
-            "save_pretrained(..., save_embedding_layers=False) and without modules_to_save",
+            "is neither lora_A.weight, lora_B.weight nor lora_B.bias of a linear layer; save the adapter with "
+            "PEFT's save_pretrained(..., save_embedding_layers=False) and without modules_to_save",
         )
     module = match["module"].removeprefix(_PEFT_PREFIX)
     if module.rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
@@ -68,10 +67,9 @@ def parse_key(key: str) -> FactorKey:
 def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, Site]:
     """The site of every module that `keys` name.
 
-    Modules match by their full path. If none does, one prefix may be missing from all of them (an adapter
-    that was trained on AutoModel, without "model.") or be too much in all of them, if exactly one prefix
-    fits. Raises InvalidAdapter that names the first key without a site, and the sites that its layer does
-    have.
+    Modules match by their full path. If none does, one prefix may be missing from all of them (an adapter that was
+    trained on AutoModel, without "model.") or be too much in all of them, if exactly one prefix fits. Raises
+    InvalidAdapter that names the first key without a site, and the sites that its layer does have.
     """
     by_name = {site.name: site for site in sites}
     modules = dict.fromkeys(key.module for key in keys)

@@ -32,15 +32,15 @@ class PatternTable(Generic[Value]):
     def compile(cls, field: str, values: Mapping[str, Value]) -> PatternTable[Value]:
         """The table for the field's JSON object.
 
-        Python's matcher backtracks, and holds the interpreter's lock while it does, so one hostile pattern would
-        stop the whole server. Patterns whose time could explode are refused; module names need none. Raises
+        Python's matcher backtracks, and holds the interpreter's lock while it does, so one hostile pattern would stop
+        the whole server. Patterns whose time could explode are refused; module names need none. Raises
         InvalidAdapter.
         """
         if sum(map(_work, values)) > _MAX_WORK:
             raise InvalidAdapter(
                 _shown(field, max(values, key=_work)),
-                "this pattern could take very long to match; use few * + ? { and |, and no repeated group; for "
-                "example 'layers\\.[0-9]+\\.self_attn\\.(q|v)_proj'",
+                "this pattern could take very long to match; use few * + ? "
+                "{ and |, and no repeated group; for example 'layers\\.[0-9]+\\.self_attn\\.(q|v)_proj'",
                 reason="UNSUPPORTED_ADAPTER",
             )
         return cls(tuple((_compile(field, key), value) for key, value in values.items()))

@@ -1,7 +1,7 @@
 """Our own strict schema of PEFT's adapter_config.json (the reference is LoraConfig of PEFT 0.21).
 
-Knows which fields change what is computed, which do not, and which this server refuses. It never imports what
-a config names (`megatron_core`, `auto_mapping` and the like are text to it) and does not look at tensors.
+Knows which fields change what is computed, which do not, and which this server refuses. It never imports what a
+config names (`megatron_core`, `auto_mapping` and the like are text to it) and does not look at tensors.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ Rank = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _MAX_PATTERNS = 4096
 
-# How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the
-# way.
+# How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the way.
 _SAVE_PLAIN = (
-    "it was trained on a changed base (W - s*B*A), which this server does not have; save it as plain LoRA "
-    "with "
-    "`model.save_pretrained(out, path_initial_model_for_weight_conversion=initial)`, where `initial` is the "
-    "adapter saved before training with init_lora_weights=True"
+    "it was trained on a changed base (W - s*B*A), which this server does not have; save it as plain LoRA with "
+    "`model.save_pretrained(out, path_initial_model_for_weight_conversion=initial)`, where `initial` is the folder "
+    "of the adapter as it was saved before training"
 )
 _REFUSED_INITS: Mapping[str, str] = {
     "pissa": _SAVE_PLAIN,
@@ -35,8 +33,7 @@ _REFUSED_INITS: Mapping[str, str] = {
     "corda": _SAVE_PLAIN,
     "lora_ga": _SAVE_PLAIN,
     "loftq": "it was trained on a base that LoftQ changed, which this server does not have; train with "
-    "init_lora_weights=true, or start with peft's `replace_lora_weights_loftq`, which leaves the base as it "
-    "is",
+    "init_lora_weights=true, or start with peft's `replace_lora_weights_loftq`, which leaves the base as it is",
 }
 _HONOURED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
 
@@ -55,8 +52,7 @@ _REFUSED_FIELDS: Mapping[str, str] = {
     "arrow_config": "Arrow routes each token; load its adapters one by one, or mix them by weight",
     "use_bdlora": "block-diagonal factors are not served; write them out as full lora_A and lora_B",
 }
-# Of those, the ones for which an empty container means "not used" to PEFT. For the others {} turns the method
-# on.
+# Of those, the ones for which an empty container means "not used" to PEFT. For the others {} turns the method on.
 _EMPTY_IS_UNUSED = frozenset({"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"})
 _NOT_LINEAR_TARGETS = frozenset({"embed_tokens", "wte", "wpe", "embed_in", "lm_head", "embed_out"})
 
@@ -76,15 +72,14 @@ class PeftConfig(BaseModel):
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True
 
-    # Honoured by the tensors: PEFT writes tensors only for what these select, and the tensors are what is
-    # loaded.
+    # Honoured by the tensors: PEFT writes tensors only for what these select, and the tensors are what is loaded.
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and
-    # the configs of an initialization stay in the file when the adapter was converted to plain LoRA.
+    # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and the
+    # configs of an initialization stay in the file when the adapter was converted to plain LoRA.
     fan_in_fan_out: bool = False
     lora_dropout: Finite = 0.0
     ensure_weight_tying: bool = False
@@ -204,8 +199,7 @@ def _check_init(value: bool | str | None) -> None:
     if name not in _HONOURED_INITS:
         _refuse(
             "init_lora_weights",
-            f"{value!r} is unknown to this server, so it cannot tell whether the base was changed; set it "
-            "to true "
+            f"{value!r} is unknown to this server, so it cannot tell whether the base was changed; set it to true "
             "if it was not",
         )
 
@@ -216,8 +210,8 @@ def _check_targets(config: PeftConfig) -> None:
         if target.rpartition(".")[2] in _NOT_LINEAR_TARGETS:
             _refuse(
                 "target_modules",
-                f"{target!r} is an embedding or the output head, which all adapters share; "
-                "train with linear layers only, e.g. target_modules='all-linear'",
+                f"{target!r} is an embedding or the output head, which all adapters share; train with linear layers "
+                "only, e.g. target_modules='all-linear'",
             )
 
 
@@ -226,8 +220,7 @@ def _check_unknown(extra: Mapping[str, Any]) -> None:
         if not (value is None or value is False or value in ("", [], {})):
             _refuse(
                 field,
-                f"{_shown(value)} is unknown to this server, and it may change what the adapter computes; "
-                "remove it "
+                f"{_shown(value)} is unknown to this server, and it may change what the adapter computes; remove it "
                 "from adapter_config.json if it does not, or update the server",
             )
 

@@ -48,9 +48,8 @@ class AdapterFiles:
 def read_adapter(folder: Path, sites: Sequence[Site], *, limits: ReadLimits) -> AdapterFiles:
     """Read and check the adapter in `folder` for a base with `sites`.
 
-    Every tensor is used or refused, A and B come in pairs, shapes agree with the base and ranks with the
-    config, all numbers are finite. Raises InvalidAdapter that names the file, field or tensor, and the way
-    out.
+    Every tensor is used or refused, A and B come in pairs, shapes agree with the base and ranks with the config, all
+    numbers are finite. Raises InvalidAdapter that names the file, field or tensor, and the way out.
     """
     snapshot = take_snapshot(folder, limits)
     config = parse_config(snapshot.config)
@@ -71,8 +70,7 @@ def _by_module(keys: Sequence[FactorKey], entries: Sequence[TensorEntry]) -> dic
         if key.part in parts:
             raise InvalidAdapter(
                 key.key,
-                f"is the same part as {parts[key.part].key!r}; a file holds one adapter: save them one by "
-                "one with "
+                f"is the same part as {parts[key.part].key!r}; a file holds one adapter: save them one by one with "
                 "save_pretrained(..., selected_adapters=[name])",
                 reason="UNSUPPORTED_ADAPTER",
             )
@@ -112,8 +110,7 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
         if len(entry.shape) != dims or 0 in entry.shape:
             raise InvalidAdapter(
                 entry.key,
-                f"has shape {list(entry.shape)}, not two sizes of at least 1; a sharded model must be "
-                "gathered "
+                f"has shape {list(entry.shape)}, not two sizes of at least 1; a sharded model must be gathered "
                 "before save_pretrained (DeepSpeed ZeRO-3, FSDP)",
                 reason="CORRUPT_ADAPTER",
             )
@@ -125,9 +122,8 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
         if found != rank:
             raise InvalidAdapter(
                 entry.key,
-                f"has rank {found} (shape {list(entry.shape)}), but adapter_config.json gives this layer "
-                f"rank {rank}; "
-                "correct r or rank_pattern, or restore the file that belongs to the config",
+                f"has rank {found} (shape {list(entry.shape)}), but adapter_config.json gives this layer rank "
+                f"{rank}; correct r or rank_pattern, or restore the file that belongs to the config",
                 reason="RANK_MISMATCH",
                 metadata={"tensor_rank": found, "config_rank": rank},
             )
@@ -144,8 +140,7 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
 def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str, size: int) -> InvalidAdapter:
     return InvalidAdapter(
         entry.key,
-        f"has {found} {what} (shape {list(entry.shape)}), but {site.name} of this base has {size} {side} "
-        "features; "
+        f"has {found} {what} (shape {list(entry.shape)}), but {site.name} of this base has {size} {side} features; "
         "the adapter was trained on another base",
         reason="BASE_MISMATCH",
     )

@@ -1,8 +1,7 @@
 """Which adapters there are, who uses them and what they take: the rules, without files, tensors or waiting.
 
-Owned by the event loop's thread. Every method is plain and synchronous: no lock, no I/O, no await, so each is
-one step for everybody else. The engine's thread only reads `weights` and `error` of entries that its requests
-leased.
+Owned by the event loop's thread. Every method is plain and synchronous: no lock, no I/O, no await, so each is one
+step for everybody else. The engine's thread only reads `weights` and `error` of entries that its requests leased.
 
 Life of an entry: LOADING → READY → DRAINING → UNLOADED, or LOADING → FAILED → UNLOADED.
 """
@@ -105,8 +104,8 @@ class AdapterRegistry:
     def ready(self, uid: str, loaded: LoadedAdapter, *, load_seconds: float = 0.0) -> AdapterEntry:
         """LOADING → READY; the name now means this entry, and what it replaces drains.
 
-        The reservation becomes the adapter's exact bytes. Raises Overloaded if those do not fit; the entry is
-        LOADING still, and the caller fails it.
+        The reservation becomes the adapter's exact bytes. Raises Overloaded if those do not fit; the entry is LOADING
+        still, and the caller fails it.
         """
         entry = self._entries[uid]
         assert entry.state is State.LOADING, entry
@@ -134,15 +133,14 @@ class AdapterRegistry:
     def fail(self, uid: str, error: LoramuxError) -> AdapterEntry:
         """LOADING → FAILED with the reason; requests that wait for it see `error`.
 
-        A first load leaves a FAILED entry under the name, without memory, until the next load or unload. A
-        failed replacement is gone at once, and what it was to replace serves on. What the load reserved is
-        the loader's to give back: a worker may still hold that memory.
+        A first load leaves a FAILED entry under the name, without memory, until the next load or unload. A failed
+        replacement is gone at once, and what it was to replace serves on. What the load reserved is the loader's to
+        give back: a worker may still hold that memory.
         """
         entry = self._entries[uid]
         assert entry.state is State.LOADING, entry
         entry.state = State.FAILED
-        # A new exception: the old one's traceback would keep the reader's frames, and all that they hold,
-        # alive.
+        # A new exception: the old one's traceback would keep the reader's frames, and all that they hold, alive.
         entry.error = _unavailable(entry.name, error.message, error.reason)
         if self._replacing.get(entry.name) is entry:
             del self._replacing[entry.name]

@@ -25,8 +25,8 @@ def check_name(name: str, *, field: str = "name") -> str:
         shown = name if len(name) <= 128 else f"{name[:64]}… ({len(name)} characters)"
         raise InvalidRequest(
             field,
-            f"{shown!r} is not an adapter name; names have 1 to 128 characters of [A-Za-z0-9._-] "
-            "and start with a letter or digit",
+            f"{shown!r} is not an adapter name; names have 1 to 128 characters of [A-Za-z0-9._-] and start with a "
+            "letter or digit",
             reason="INVALID_ADAPTER_NAME",
         )
     return name
@@ -41,14 +41,13 @@ class AdapterRoots:
     def resolve(self, source: str) -> Path:
         """The real path of the adapter folder that `source` names.
 
-        `source` is absolute, or relative to the roots, which are searched in order. `..` and symbolic links
-        are resolved before the check, and the adapter's two files may not be links that leave the roots
-        either. (Between this check and the reading, only someone who can already write under a root could
-        swap a file.)
+        `source` is absolute, or relative to the roots, which are searched in order. `..` and symbolic links are
+        resolved before the check, and the adapter's two files may not be links that leave the roots either. (Between
+        this check and the reading, only someone who can already write under a root could swap a file.)
 
-        Raises InvalidRequest for text that is no path, PathNotAllowed for a path outside the roots (whether
-        it exists or not: the answer tells nothing about other folders), InvalidAdapter with the reason
-        ADAPTER_FILES_MISSING where there is no such folder.
+        Raises InvalidRequest for text that is no path, PathNotAllowed for a path outside the roots (whether it exists
+        or not: the answer tells nothing about other folders), InvalidAdapter with the reason ADAPTER_FILES_MISSING
+        where there is no such folder.
         """
         self._check_text(source)
         searched = [Path(source)] if os.path.isabs(source) else [root / source for root in self.paths]
@@ -71,8 +70,8 @@ class AdapterRoots:
         if not self.paths:
             return f"there is no folder {source!r}: the server was started without --adapter-root"
         return (
-            f"there is no folder {source!r}; searched the adapter roots {self._listed()}. "
-            f"Put a folder with {CONFIG_FILE} and {WEIGHTS_FILE} there"
+            f"there is no folder {source!r}; searched the adapter roots {self._listed()}. Put a folder with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} there"
         )
 
     def _check_text(self, source: str) -> None:
@@ -97,8 +96,7 @@ class AdapterRoots:
 
     def _not_allowed(self, path: str) -> PathNotAllowed:
         return PathNotAllowed(
-            f"{path!r} leads outside the adapter roots {self._listed()} once `..` and symbolic links are "
-            "resolved; "
+            f"{path!r} leads outside the adapter roots {self._listed()} once `..` and symbolic links are resolved; "
             "copy the folder under a root, or start the server with another --adapter-root",
             metadata={"path": path},
         )

@@ -1,12 +1,10 @@
 """An adapter folder's two files as they were at one moment. Imports no torch.
 
-Files are read into memory once and hashed on the way. They are never mapped: a mapped file that someone cuts
-off while it is read kills the process with SIGBUS. Runs in a worker; hashing and reading release the
-interpreter's lock.
+Files are read into memory once and hashed on the way. They are never mapped: a mapped file that someone cuts off
+while it is read kills the process with SIGBUS. Runs in a worker; hashing and reading release the interpreter's lock.
 
-The digest of an adapter is "sha256:" and the hex of SHA-256 over, for each file in the order
-adapter_config.json, adapter_model.safetensors: its name in ASCII, a zero byte, its length as 8 bytes little
-endian, its bytes.
+The digest of an adapter is "sha256:" and the hex of SHA-256 over, for each file in the order adapter_config.json,
+adapter_model.safetensors: its name in ASCII, a zero byte, its length as 8 bytes little endian, its bytes.
 """
 
 from __future__ import annotations
@@ -74,8 +72,7 @@ def folder_digest(folder: Path, limits: ReadLimits) -> str:
 def measure(folder: Path, item_bytes: int, limits: ReadLimits) -> int:
     """Bytes that the adapter will take on a device of `item_bytes` a number; reads the header alone.
 
-    Exact for every adapter that can be loaded: each of its tensors is used once and laid out as lora.layout
-    says.
+    Exact for every adapter that can be loaded: each of its tensors is used once and laid out as lora.layout says.
     """
     with _opened(folder, limits) as (_, file):
         size = os.fstat(file.fileno()).st_size
@@ -128,10 +125,8 @@ def _missing(folder: Path, name: str) -> str:
     pickled = next((p for p in _PICKLED if (folder / p).exists()), None)
     if name == WEIGHTS_FILE and pickled:
         return (
-            f"{folder} has only {pickled}, a pickle, which can run code and is never opened. Convert it "
-            "where you "
-            f"trust it: safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), "
-            f"'{WEIGHTS_FILE}')"
+            f"{folder} has only {pickled}, a pickle, which can run code and is never opened. Convert it where you "
+            f"trust it: safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), '{WEIGHTS_FILE}')"
         )
     return f"{folder} has no {name}; an adapter folder is what PEFT's save_pretrained writes"
 

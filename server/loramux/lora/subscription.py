@@ -18,8 +18,8 @@ class Subscription(Generic[Value]):
     """Values wait under their key; a later value of a key takes the place of an earlier one that was not
     read.
 
-    A reader who falls behind by more than `limit` keys loses the subscription, not some of the changes in
-    silence: `next` then raises Overloaded (WATCH_TOO_SLOW), and the reader subscribes again.
+    A reader who falls behind by more than `limit` keys loses the subscription, not some of the changes in silence:
+    `next` then raises Overloaded (WATCH_TOO_SLOW), and the reader subscribes again.
     """
 
     def __init__(self, limit: int) -> None:

@@ -1,7 +1,7 @@
 """Jobs on a few threads that the event loop can turn its back on. Imports no torch.
 
-A thread cannot be stopped. So a job that is aborted or out of time ends for who waits for it at once, while
-its thread goes on as a stray; what the thread holds counts as held until it ends.
+A thread cannot be stopped. So a job that is aborted or out of time ends for who waits for it at once, while its
+thread goes on as a stray; what the thread holds counts as held until it ends.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Workers:
         running = self._executor.submit(function, *args, **kwargs)
         future = asyncio.wrap_future(running)
         left = job.deadline - asyncio.get_running_loop().time()
+        ends: set[asyncio.Future[Any]] = {future, job.aborted}
         try:
-            ends: set[asyncio.Future[Any]] = {future, job.aborted}
             await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if job.aborted.done():
                 raise job.aborted.result()
@@ -69,6 +69,9 @@ class Workers:
                 job.stray = future
                 self._strays.add(future)
             future.add_done_callback(self._ended)
+            # An exception holds this frame; holding the exception in turn would keep what the thread read, say a
+            # whole file, until the next full garbage collection.
+            del running, future, ends
 
     async def close(self, grace: float) -> None:
         """Take no more calls, and wait up to `grace` seconds for strays."""

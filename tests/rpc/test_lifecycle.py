@@ -1,0 +1,181 @@
+"""Start, health, reflection, drain: what probes and load balancers see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from loramux.answers import Finished
+from loramux.client import AsyncClient
+from loramux.config import Settings
+from loramux.engine.request import Delta, Event, Request
+from loramux.errors import Cancelled, Draining, StartupError, Unreachable
+from loramux.rpc.server import Server
+from loramux.values import StartAdapter
+
+from tests.rpc.stack import finished, running, two_words, write_adapter
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = ("", "loramux.v1.GenerationService", "loramux.v1.AdapterService")
+
+
+def health_stub(channel: grpc.aio.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)
+
+
+def reflection_stub(channel: Any) -> Any:
+    return reflection_pb2_grpc.ServerReflectionStub(channel)
+
+
+async def test_health_of_each_service_and_of_unknown_ones(tmp_path: Path) -> None:
+    async with running(tmp_path) as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
+        health = health_stub(channel)
+        for service in SERVICES:
+            assert (await health.Check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="nobody"))
+        assert (await anext(aiter(watch))).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+
+
+async def test_an_engine_fault_flips_health(tmp_path: Path) -> None:
+    async with running(tmp_path, script=two_words) as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
+        health = health_stub(channel)
+        watch = aiter(health.Watch(health_pb2.HealthCheckRequest()))
+        assert (await anext(watch)).status == SERVING
+        r.engine.healthy = False
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+        async with asyncio.timeout(5):
+            assert (await anext(watch)).status == NOT_SERVING
+        r.engine.healthy = True
+        async with asyncio.timeout(5):
+            assert (await anext(watch)).status == SERVING
+
+
+async def test_requests_are_refused_until_the_start_adapters_are_there(tmp_path: Path) -> None:
+    """A server that answered before its adapters were loaded said NOT_FOUND of names that were about to exist."""
+    write_adapter(tmp_path, "a")
+    seen: list[object] = []
+
+    class Waiting(Server):
+        async def _load(self, adapter: StartAdapter) -> None:
+            await super()._load(adapter)
+            async with grpc.aio.insecure_channel(self._settings.host) as channel, AsyncClient(self._settings.host) as c:
+                seen.append((await health_stub(channel).Check(health_pb2.HealthCheckRequest())).status)
+                try:
+                    await c.generate("hi", adapter="a")
+                except Draining as error:
+                    seen.append(type(error).__name__)
+
+    socket = f"unix:{tmp_path}/p.sock"
+    async with running(tmp_path, host=socket, adapter=(StartAdapter("a"),), server_type=Waiting) as r:
+        assert seen == [NOT_SERVING, "Draining"]
+        assert (await r.client.generate("hi", adapter="a", max_new_tokens=2)).adapters[0].name == "a"
+
+
+async def test_a_start_adapter_that_fails_stops_the_start(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "broken", b"bad")
+    with pytest.raises(StartupError, match=r"--adapter broken: .*holds NaN"):
+        async with running(tmp_path, adapter=(StartAdapter("broken"),)):
+            pass
+
+
+async def test_a_port_that_is_taken_stops_the_start(tmp_path: Path) -> None:
+    """With SO_REUSEPORT, gRPC's default, two servers shared one port in silence, and each got half of the calls."""
+    async with running(tmp_path) as r:
+        taken = int(r.addresses.public.rsplit(":", 1)[1])
+        with pytest.raises(StartupError, match="--port: cannot listen on"):
+            async with running(tmp_path, port=taken):
+                pass
+
+
+def test_admin_beyond_loopback_needs_a_key() -> None:
+    with pytest.raises(StartupError, match="LORAMUX_ADMIN_KEY"):
+        Settings(admin_host="0.0.0.0")
+    assert Settings(admin_host="0.0.0.0", admin_key="long-enough").admin_host == "0.0.0.0"
+    for local in ("127.0.0.1", "localhost", "::1", "[::1]", "127.1.2.3", "unix:/run/loramux.sock"):
+        assert Settings(admin_host=local).admin_host == local
+
+
+async def test_reflection_lists_and_describes_the_services(tmp_path: Path) -> None:
+    async with running(tmp_path) as r:
+        for address, service in ((r.addresses.public, SERVICES[1]), (r.addresses.admin, SERVICES[2])):
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = reflection_stub(channel)
+                ask = reflection_pb2.ServerReflectionRequest
+                requests = [ask(list_services=""), ask(file_containing_symbol=service)]
+                answers = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
+                names = {item.name for item in answers[0].list_services_response.service}
+                assert names == {service, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+                assert answers[1].file_descriptor_response.file_descriptor_proto
+
+
+async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",)) as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
+        watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
+        assert (await anext(watch)).status == SERVING
+        stream = r.client.stream("hello", adapter="a", max_new_tokens=150, ignore_eos=True)
+        await anext(stream)
+        drain = asyncio.create_task(r.server.drain())
+        assert (await anext(watch)).status == NOT_SERVING
+        with pytest.raises(Draining) as caught:
+            await r.client.generate("hello")
+        assert caught.value.retry_after > 0
+        assert caught.value.metadata["phase"] == "draining"
+        events = [event async for event in stream]
+        assert isinstance(events[-1], Finished)
+        assert events[-1].usage.completion_tokens == 150
+        assert await drain == 0
+        await r.server.wait()
+        with pytest.raises(StopAsyncIteration):
+            await anext(watch)  # a watcher did not hold up the end
+        with pytest.raises(Unreachable):
+            await r.client.generate("hello", timeout=5)
+        r.registry.check()
+        assert r.at_baseline()
+
+
+async def test_drain_cancels_what_does_not_end_in_time(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",), drain_timeout=0.05) as r:
+        stream = r.client.stream("hello", adapter="a", max_new_tokens=240, ignore_eos=True)
+        await anext(stream)
+        first, second = await asyncio.gather(r.server.drain(), r.server.drain())
+        assert (first, second) == (1, 1)
+        with pytest.raises(Cancelled, match="shutting down"):
+            async for _ in stream:
+                pass
+        assert r.at_baseline()
+
+
+async def test_a_reader_that_never_reads_does_not_hold_up_the_drain(tmp_path: Path) -> None:
+    async def flood(request: Request) -> AsyncIterator[Event]:
+        for _ in range(1000):
+            yield Delta(0, "x" * 65536, [1])
+        yield finished()
+
+    async with running(tmp_path, adapters=("a",), script=flood, send_timeout=60) as r:
+        stream = r.client.stream("hello", adapter="a")
+        await anext(stream)
+        await asyncio.sleep(0.3)
+        async with asyncio.timeout(5):
+            await r.server.drain()
+        await r.settle()
+        with pytest.raises((Cancelled, Unreachable)):
+            async for _ in stream:
+                pass
+
+
+async def test_unix_sockets(tmp_path: Path) -> None:
+    async with running(tmp_path / "root", host=f"unix:{tmp_path}/p.sock", admin_host=f"unix:{tmp_path}/a.sock") as r:
+        assert r.addresses.public == f"unix:{tmp_path}/p.sock"
+        assert (await r.client.model()).model == "fake"
+        assert (await r.admin.list()).adapters == ()
