@@ -171,6 +171,11 @@ class Settings:
                 f"--admin-host {self.admin_host} would let anyone on the network load and unload adapters: "
                 "set an admin key (LORAMUX_ADMIN_KEY or --admin-key-file), or stay on 127.0.0.1"
             )
+        if self.max_batch_tokens < self.max_batch_rows:
+            raise StartupError(
+                f"--max-batch-tokens ({self.max_batch_tokens}) must not be below --max-batch-rows "
+                f"({self.max_batch_rows}): every running sequence takes a token of each step"
+            )
         if self.port == self.admin_port != 0 and self.host == self.admin_host:
             raise StartupError(f"--port and --admin-port are both {self.port}: give them different numbers")
 

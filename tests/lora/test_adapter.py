@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loramux.errors import InvalidAdapter
 from loramux.lora.adapter import Adapter
 from loramux.lora.layout import ALIGN_BYTES, Factors, aligned, lay_out
-from loramux.lora.peft_files import read_adapter
+from loramux.lora.peft_files import all_finite, read_adapter
 from loramux.lora.snapshot import measure
 
 from tests.lora.folders import BY_NAME, K0, LIMITS, Q0, SITES, V0, factors, write
@@ -121,3 +121,16 @@ def test_the_buffer_does_not_keep_the_file_alive(tmp_path: Path) -> None:
     adapter = Adapter.build(files, SITES, CPU, torch.float32)
     file_buffer = files.factors[0].a.untyped_storage().data_ptr()
     assert adapter.buffer.untyped_storage().data_ptr() != file_buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, value: float) -> None:
+    """The check trusts that aminmax hands NaN on, in its vectorized part, in its tail, and over threads."""
+    for size in (1, 7, 64, 1000, 100_003):
+        numbers = torch.randn(size).to(dtype)
+        assert all_finite(numbers)
+        for place in {0, size // 2, size - 1}:
+            bad = numbers.clone()
+            bad[place] = value
+            assert not all_finite(bad)

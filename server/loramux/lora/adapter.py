@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loramux.errors import InvalidAdapter
-from loramux.lora.layout import ALIGN_BYTES, Factors, Offsets, lay_out
-from loramux.lora.peft_files import AdapterFiles
+from loramux.lora.layout import ALIGN_BYTES, Factors, Layout, Offsets, lay_out
+from loramux.lora.peft_files import AdapterFiles, all_finite
 from loramux.ops.segment import LoraWeights
 from loramux.ops.site import Site
 
@@ -70,9 +70,10 @@ class Adapter:
             views.b.copy_(f.b.float() * f.scale)
             if views.bias is not None and f.bias is not None:
                 views.bias.copy_(f.bias.float() * f.scale)
-            _check_finite(f.site, views, dtype)
             offsets[f.site.index] = torch.tensor([at.a, at.b, at.bias])
             ranks[f.site.index] = f.rank
+        if not all_finite(host):
+            raise _overflow(files, layout, host)
         buffer = host.to(device)
         assert buffer.data_ptr() % ALIGN_BYTES == 0, "torch allocates at 64-byte boundaries"
         weights = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
@@ -89,12 +90,16 @@ def _views(buffer: Tensor, at: Offsets, rank: int, site: Site) -> LoraWeights:
     )
 
 
-def _check_finite(site: Site, views: LoraWeights, dtype: torch.dtype) -> None:
-    for name, tensor in (("lora_A", views.a), ("lora_B", views.b), ("lora_B.bias", views.bias)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise InvalidAdapter(
-                f"{site.name}.{name}",
-                f"has numbers that do not fit into {dtype} once scaled; serve in bfloat16 or float32, or lower "
-                "lora_alpha",
-                reason="NOT_FINITE",
-            )
+def _overflow(files: AdapterFiles, layout: Layout, host: Tensor) -> InvalidAdapter:
+    """The error for the first tensor with a number that the compute dtype cannot hold."""
+    for f in files.factors:
+        views = _views(host, layout.offsets[f.site.index], f.rank, f.site)
+        for name, tensor in (("lora_A", views.a), ("lora_B", views.b), ("lora_B.bias", views.bias)):
+            if tensor is not None and not all_finite(tensor):
+                return InvalidAdapter(
+                    f"{f.site.name}.{name}",
+                    f"has numbers that do not fit into {host.dtype} once scaled; serve in bfloat16 or float32, or "
+                    "lower lora_alpha",
+                    reason="NOT_FINITE",
+                )
+    raise AssertionError("what lies between the tensors is zero")

@@ -1,0 +1,241 @@
+"""The clients: sync and async, errors as the server raised them, arguments that cannot be sent."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from loramux.answers import Delta, Finished, Started
+from loramux.client import AdminClient, AsyncClient, Client
+from loramux.engine.request import Event, Request, RequestFailed
+from loramux.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    EngineFault,
+    InvalidAdapter,
+    InvalidRequest,
+    LoramuxError,
+    Overloaded,
+    PathNotAllowed,
+    Unimplemented,
+    Unreachable,
+)
+
+from tests.rpc.stack import endless, running
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work)
+
+
+async def test_sync_clients_do_what_the_async_ones_do(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",)) as r:
+
+        def work() -> None:
+            with Client(r.addresses.public, timeout=20) as client, AdminClient(r.addresses.admin) as admin:
+                result = client.generate("hello", adapter="a", max_new_tokens=6, ignore_eos=True)
+                events = list(client.stream("hello", adapter="a", max_new_tokens=6, ignore_eos=True))
+                assert isinstance(events[0], Started)
+                assert isinstance(events[-1], Finished)
+                assert "".join(event.text for event in events) == result.text
+                assert client.count_tokens("hello") == 5
+                assert client.tokenize("hi") == [104, 105]
+                assert client.model().vocab_size == 260
+                assert [a.name for a in admin.list().adapters] == ["a"]
+                assert admin.pin("a").pinned
+                assert admin.get("a").state == "ready"
+                watch = admin.watch()
+                assert next(watch).name == "a"
+                watch.close()
+                assert admin.unload("a", drain_timeout=1).freed_bytes > 0
+                assert admin.load("a").name == "a"
+                with pytest.raises(AdapterNotFound):
+                    client.generate("hello", adapter="nobody")
+                with pytest.raises(AdapterNotFound):
+                    next(client.stream("hello", adapter="nobody"))
+
+        await in_thread(work)
+        await r.settle()
+
+
+async def test_closing_a_sync_stream_stops_the_work(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",), script=endless) as r:
+
+        def work() -> None:
+            with Client(r.addresses.public) as client:
+                for event in client.stream("hello", adapter="a"):
+                    if isinstance(event, Delta):
+                        break
+
+        await in_thread(work)
+        await r.settle()
+
+
+ERRORS: list[LoramuxError] = [
+    InvalidRequest("sampling.n", "must be in [1, 16], got 99", metadata={"limit": 16}),
+    InvalidAdapter("r", "does not fit"),
+    AdapterUnavailable("it failed to load", metadata={"adapter": "a"}),
+    AdapterNotFound("nobody"),
+    AdapterExists("other content"),
+    PathNotAllowed("outside the roots"),
+    Overloaded("full", retry_after=2.5, reason="QUEUE_FULL"),
+    DeadlineExceeded("too late"),
+    Cancelled("an operator did it"),
+    Draining("going down", retry_after=0.5),
+    Unimplemented("not yet"),
+    EngineFault("it broke"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+async def test_errors_arrive_as_they_were_raised(tmp_path: Path, error: LoramuxError) -> None:
+    async def fail(request: Request) -> AsyncIterator[Event]:
+        yield RequestFailed(error)
+
+    def same(caught: LoramuxError) -> None:
+        assert (type(caught), caught.message, caught.reason) == (type(error), error.message, error.reason)
+        assert caught.metadata == error.metadata
+        assert getattr(caught, "retry_after", None) == getattr(error, "retry_after", None)
+
+    async with running(tmp_path, script=fail) as r:
+        with pytest.raises(LoramuxError) as caught:
+            await r.client.generate("x")
+        same(caught.value)
+        with pytest.raises(LoramuxError) as caught:
+            async for _ in r.client.stream("x"):
+                pass
+        same(caught.value)
+
+        def sync() -> None:
+            with Client(r.addresses.public) as client:
+                with pytest.raises(LoramuxError) as caught:
+                    client.generate("x")
+                same(caught.value)
+                with pytest.raises(LoramuxError) as caught:
+                    list(client.stream("x"))
+                same(caught.value)
+
+        await in_thread(sync)
+
+
+async def test_nobody_at_the_address() -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(Unreachable, match=r"no server answers at 127\.0\.0\.1:1") as caught:
+            await client.generate("x", timeout=5)
+        assert caught.value.metadata == {"address": "127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"prompt": "x", "n": -1}, InvalidRequest),
+        ({"prompt": "x", "n": "two"}, InvalidRequest),
+        ({"prompt": "x", "seed": -1}, InvalidRequest),
+        ({"prompt": "x", "logit_bias": {-1: 2.0}}, InvalidRequest),
+        ({"prompt": "a\ud800"}, InvalidRequest),
+        ({"token_ids": [-5]}, InvalidRequest),
+        ({}, TypeError),
+        ({"prompt": "x", "token_ids": [1]}, TypeError),
+        ({"prompt": "x", "temprature": 1}, TypeError),
+    ],
+)
+async def test_what_no_message_can_hold_is_refused_before_it_is_sent(
+    arguments: dict[str, Any], error: type[Exception]
+) -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(error):
+            await client.generate(**arguments)
+
+
+async def test_every_argument_reaches_the_engine(tmp_path: Path) -> None:
+    async with running(tmp_path, script=endless) as r:
+        stream = r.client.stream(
+            token_ids=[1, 2],
+            cache_salt="salt",
+            priority=-3,
+            max_new_tokens=9,
+            min_new_tokens=2,
+            temperature=0.5,
+            top_k=4,
+            top_p=0.75,
+            min_p=0.25,
+            seed=2**63,
+            n=2,
+            repetition_penalty=1.5,
+            frequency_penalty=0.5,
+            presence_penalty=-0.5,
+            logit_bias={7: -100.0},
+            stop="END",
+            stop_token_ids=[3, 4],
+            ignore_eos=True,
+            top_logprobs=2,
+        )
+        await anext(stream)
+        request = r.engine.seen[0]
+        assert (request.prompt_ids, request.cache_salt, request.priority) == ((1, 2), "salt", -3)
+        s = request.sampling
+        assert (s.max_new_tokens, s.min_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p) == (
+            9,
+            2,
+            0.5,
+            4,
+            0.75,
+            0.25,
+        )
+        assert (s.seed, s.n, s.repetition_penalty) == (2**63, 2, 1.5)
+        assert (s.frequency_penalty, s.presence_penalty, s.logit_bias) == (0.5, -0.5, {7: -100.0})
+        assert (s.stop, s.stop_token_ids, s.ignore_eos) == (("END",), frozenset({3, 4}), True)
+        assert (s.logprobs, s.top_logprobs) == (True, 2)
+        await stream.aclose()
+
+
+def test_import_is_quick_and_light() -> None:
+    """A client on a laptop does not pay for torch."""
+    code = (
+        "import sys, loramux.client; "
+        "heavy = {m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'numpy', 'pydantic', 'tokenizers'}; "
+        "rooms = [m for m in sys.modules if m.startswith(('loramux.engine', 'loramux.lora', 'loramux.model', 'loramux.ops'))]; "
+        "assert not heavy and not rooms, (heavy, rooms)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+def test_the_face_imports_no_torch() -> None:
+    code = (
+        "import sys, loramux.rpc.server, loramux.config, loramux.metrics, loramux.http.metrics_server; "
+        "assert not {m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'numpy'}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+async def test_threads_share_a_client(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",)) as r:
+
+        def work() -> None:
+            texts: list[str] = []
+            with Client(r.addresses.public, timeout=20) as client:
+
+                def one() -> None:
+                    texts.append(client.generate("hello", adapter="a", max_new_tokens=4).text)
+
+                threads = [threading.Thread(target=one) for _ in range(8)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            assert len(texts) == 8
+            assert len(set(texts)) == 1
+
+        await in_thread(work)

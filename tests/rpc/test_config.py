@@ -1,0 +1,123 @@
+"""Settings: which source wins, what is refused, and with which sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from loramux.config import Settings, load, options
+from loramux.errors import StartupError
+from loramux.values import Memory, StartAdapter
+
+
+def test_defaults_need_nothing() -> None:
+    assert load(environ={}) == Settings()
+
+
+def test_flags_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "loramux.toml"
+    file.write_text('max_n = 1\nmax-queue = 10\nport = 1000\nmodel = "from file"\n')
+    environ = {"LORAMUX_MAX_QUEUE": "20", "LORAMUX_PORT": "2000", "LORAMUX_CONFIG": str(file)}
+    settings = load({"port": 3000, "model": None}, environ=environ)
+    assert (settings.max_n, settings.max_queue, settings.port, settings.model) == (1, 20, 3000, "from file")
+    other = tmp_path / "other.toml"
+    other.write_text("max_n = 2")
+    assert load(environ=environ, file=other).max_n == 2
+
+
+def test_every_kind_of_value() -> None:
+    settings = load(
+        {
+            "adapter_dir": ["/a", "/b"],
+            "adapter": ["one", "two=/b/two"],
+            "adapter_memory": "512MiB",
+            "kv_memory": "40%",
+            "drain_timeout": "1.5",
+        },
+        environ={"LORAMUX_MAX_MESSAGE_BYTES": "1.5 MB", "LORAMUX_API_KEY": "sesame-sesame"},
+    )
+    assert settings.adapter_dir == (Path("/a"), Path("/b"))
+    assert settings.adapter == (StartAdapter("one"), StartAdapter("two", "/b/two"))
+    assert settings.adapter_memory == 512 * 1024**2
+    assert settings.kv_memory.resolve(1000) == 400
+    assert Memory(bytes=7).resolve(1000) == 7
+    assert settings.drain_timeout == 1.5
+    assert settings.max_message_bytes == 1_500_000
+    assert load(environ={"LORAMUX_ADAPTER": "a, b=/x,"}).adapter == (StartAdapter("a"), StartAdapter("b", "/x"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"port": 70000}, "--port: 70000 is not allowed; give a whole number from 0 to 65535"),
+        ({"port": "http"}, "--port: 'http' is not allowed; give a whole number from 0 to 65535"),
+        ({"port": True}, "--port: True is not allowed"),
+        ({"device": "tpu"}, "--device: 'tpu' is not allowed; give one of auto, cpu, cuda"),
+        ({"adapter_memory": "lots"}, "--adapter-memory: 'lots' is not allowed; give a size such as 512MiB"),
+        ({"adapter_memory": "0"}, "--adapter-memory: '0' is not allowed"),
+        ({"kv_memory": "200%"}, "--kv-memory: '200%' is not allowed; give a size such as 2GiB, or a share"),
+        ({"send_timeout": "nan"}, "--send-timeout: 'nan' is not allowed; give a number of seconds"),
+        ({"adapter": ["../x"]}, "--adapter: ['../x'] is not allowed; give NAME or NAME=FOLDER"),
+        ({"model": " "}, "--model: ' ' is not allowed; give a text that is not empty"),
+        ({"tls_cert": "/x.pem"}, "--tls-cert and --tls-key go together"),
+        ({"port": 5, "admin_port": 5}, "--port and --admin-port are both 5"),
+        ({"max_batch_tokens": 8, "max_batch_rows": 9}, "--max-batch-tokens (8) must not be below --max-batch-rows (9)"),
+    ],
+)
+def test_a_bad_flag_is_named_with_what_is_allowed(flags: dict[str, object], sentence: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        load(flags, environ={})
+    assert sentence in caught.value.message
+
+
+def test_a_bad_value_is_named_after_its_source(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="LORAMUX_PORT: 'x' is not allowed"):
+        load(environ={"LORAMUX_PORT": "x"})
+    file = tmp_path / "l.toml"
+    file.write_text('port = "x"')
+    with pytest.raises(StartupError, match=r"port in .*l\.toml: 'x' is not allowed"):
+        load(environ={}, file=file)
+    file.write_text("prot = 1")
+    with pytest.raises(StartupError, match="sets prot, which is no setting; did you mean port"):
+        load(environ={}, file=file)
+    file.write_text("port = ")
+    with pytest.raises(StartupError, match="is not TOML"):
+        load(environ={}, file=file)
+    with pytest.raises(StartupError, match=r"cannot read .*: No such file"):
+        load(environ={}, file=tmp_path / "none.toml")
+
+
+def test_keys_come_from_files_and_never_show(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("from-the-file\n")
+    settings = load({"api_key_file": str(key)}, environ={"LORAMUX_API_KEY": "from-the-environment"})
+    assert settings.api_key == "from-the-file"
+    assert "from-the-file" not in repr(settings)
+    settings = load({"api_key": "from-a-flag"}, environ={"LORAMUX_API_KEY_FILE": str(key)})
+    assert (settings.api_key, settings.api_key_file) == ("from-a-flag", None)
+    with pytest.raises(StartupError, match="are both given"):
+        load({"api_key": "from-a-flag", "api_key_file": str(key)}, environ={})
+    for secret in ("short", "with space inside", "ümlaut-key"):
+        with pytest.raises(StartupError) as caught:
+            load({"api_key": secret}, environ={})
+        assert secret not in caught.value.message
+    key.write_text("")
+    with pytest.raises(StartupError, match="the content of"):
+        load({"api_key_file": str(key)}, environ={})
+
+
+def test_kubernetes_service_variables_are_not_ours() -> None:
+    """A service named "loramux" puts LORAMUX_PORT=tcp://… into every pod beside it; the server then did not start."""
+    assert load(environ={"LORAMUX_PORT": "tcp://10.0.0.7:50051"}).port == Settings().port
+
+
+def test_settings_are_frozen_and_every_one_is_documented() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().port = 1  # type: ignore[misc]
+    for option in options().values():
+        assert option.help.endswith("."), option
+        assert option.metavar
+        assert option.flag == "--" + option.name.replace("_", "-")
+    assert options()["adapter_dir"].repeatable
+    assert options()["port"].variable == "LORAMUX_PORT"
