@@ -104,8 +104,10 @@ async def watch_lag(lags: list[float]) -> None:
     """Append to `lags`, every HEARTBEAT seconds until cancelled, how many seconds late the loop woke us."""
     while True:
         due = time.perf_counter() + HEARTBEAT
-        await asyncio.sleep(HEARTBEAT)
-        lags.append(max(0.0, time.perf_counter() - due))
+        try:
+            await asyncio.sleep(HEARTBEAT)
+        finally:  # a stall that the run ended in counts as well
+            lags.append(max(0.0, time.perf_counter() - due))
 
 
 def status_of(error: Exception) -> str:

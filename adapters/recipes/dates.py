@@ -10,17 +10,17 @@ import random
 from collections.abc import Callable
 from datetime import date, timedelta
 
-from .task import Split, Task
+from .task import Split, Task, words
 
 FIRST, LAST = date(1950, 1, 1), date(2049, 12, 31)
 """The hundred years that two-digit years mean."""
 
-MONTHS = (
-    "January February March April May June July August September October November December".split()
+MONTHS = words("January February March April May June July August September October November December")
+WEEKDAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+UNITS = words(
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth twentieth"
 )
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-UNITS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth".split()
-UNITS += "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth".split()
 ORDINALS = [*UNITS, *(f"twenty-{unit}" for unit in UNITS[:9]), "thirtieth", "thirty-first"]
 
 

@@ -4,13 +4,18 @@ Disjoint by construction: the nouns that name tables are split, so a held-out qu
 training never saw, with columns drawn and ordered anew.
 """
 
+# ruff: noqa: S608 - these queries are text to learn from; none is ever run
+
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from .task import Split, Task, owned
+from .task import Split, Task, owned, words
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,13 @@ class Topic:
     texts: dict[str, tuple[str, ...]]
 
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 CITIES = words("Paris Berlin Madrid Rome Oslo Vienna Lisbon Prague Dublin Athens Boston Denver Tokyo Lima Cairo Delhi")
-NAMES = words("Ada Boris Carla Elena Farid Greta Hugo Ines Jonas Kavya Lena Marco Nadia Omar Petra Rosa Samir Tara Vera")
-COUNTRIES = words("France Spain Italy Norway Peru Chile Kenya Japan India Brazil Canada Egypt Ghana Poland Greece Turkey")
+NAMES = words(
+    "Ada Boris Carla Elena Farid Greta Hugo Ines Jonas Kavya Lena Marco Nadia Omar Petra Rosa Samir Tara Vera"
+)
+COUNTRIES = words(
+    "France Spain Italy Norway Peru Chile Kenya Japan India Brazil Canada Egypt Ghana Poland Greece Turkey"
+)
 
 TOPICS = (
     Topic(
@@ -105,7 +110,9 @@ TOPICS = (
         words("farms fields gardens trees forests lakes rivers parks mines wells vineyards"),
         words("area depth age yield length visitors cost water_use"),
         {
-            "name": words("Rosewood Millbrook Ashford Greenhill Stonegate Fairview Oakdale Redfern Silverton Larkfield"),
+            "name": words(
+                "Rosewood Millbrook Ashford Greenhill Stonegate Fairview Oakdale Redfern Silverton Larkfield"
+            ),
             "region": words("north south east west central coastal"),
             "owner": NAMES,
             "soil": words("clay sand loam peat chalk"),
@@ -159,23 +166,23 @@ class Scene:
     def text(self) -> str:
         return self.rng.choice(self.texts)
 
-    def some(self, *phrases: str) -> str:
-        return self.rng.choice(phrases)
+    def some(self, *options: T) -> T:
+        return self.rng.choice(options)
 
     def equals(self) -> tuple[str, str]:
         """A condition on a text column, in words and in SQL."""
         column = self.text()
         value = self.rng.choice(self.values[column])
-        words = self.some("with {} {}", "whose {} is {}", "where the {} is {}").format(plain(column), value)
-        return words, f"{column} = '{value}'"
+        said = self.some("with {} {}", "whose {} is {}", "where the {} is {}").format(plain(column), value)
+        return said, f"{column} = '{value}'"
 
     def compares(self) -> tuple[str, str]:
         """A condition on a number column, in words and in SQL."""
         column = self.number()
         value = self.some(str(self.rng.randint(1, 99)), str(self.rng.randint(1, 50) * 100))
-        bound, sign = self.some(*((phrase, ">") for phrase in MORE), *((phrase, "<") for phrase in LESS))  # type: ignore
-        words = self.some("with {} {}", "whose {} is {}").format(plain(column), bound.format(value))
-        return words, f"{column} {sign} {value}"
+        bound, sign = self.some(*((phrase, ">") for phrase in MORE), *((phrase, "<") for phrase in LESS))
+        said = self.some("with {} {}", "whose {} is {}").format(plain(column), bound.format(value))
+        return said, f"{column} {sign} {value}"
 
     def condition(self) -> tuple[str, str]:
         return self.rng.choice((self.equals, self.compares))()
@@ -195,16 +202,16 @@ def count_all(s: Scene) -> tuple[str, str]:
 
 
 def count_where(s: Scene) -> tuple[str, str]:
-    words, sql = s.condition()
+    where, sql = s.condition()
     question = s.some("How many {} are there {}?", "Count the {} {}.", "What is the number of {} {}?")
-    return question.format(s.noun, words), f"SELECT COUNT(*) FROM {s.noun} WHERE {sql};"
+    return question.format(s.noun, where), f"SELECT COUNT(*) FROM {s.noun} WHERE {sql};"
 
 
 def show_where(s: Scene) -> tuple[str, str]:
-    words, sql = s.condition()
+    where, sql = s.condition()
     said, shown = s.columns()
     question = s.some("Show the {} of all {} {}.", "List the {} of the {} {}.", "What is the {} of the {} {}?")
-    return question.format(said, s.noun, words), f"SELECT {shown} FROM {s.noun} WHERE {sql};"
+    return question.format(said, s.noun, where), f"SELECT {shown} FROM {s.noun} WHERE {sql};"
 
 
 def show_where_both(s: Scene) -> tuple[str, str]:
@@ -216,15 +223,15 @@ def show_where_both(s: Scene) -> tuple[str, str]:
 
 
 def all_where(s: Scene) -> tuple[str, str]:
-    words, sql = s.condition()
+    where, sql = s.condition()
     question = s.some("Show all {} {}.", "List the {} {}.", "Which {} are there {}?")
-    return question.format(s.noun, words), f"SELECT * FROM {s.noun} WHERE {sql};"
+    return question.format(s.noun, where), f"SELECT * FROM {s.noun} WHERE {sql};"
 
 
 def top(s: Scene) -> tuple[str, str]:
     column, limit = s.number(), s.rng.randint(1, 10)
     said, shown = s.columns()
-    end, order = s.some(("highest", "DESC"), ("largest", "DESC"), ("lowest", "ASC"), ("smallest", "ASC"))  # type: ignore
+    end, order = s.some(("highest", "DESC"), ("largest", "DESC"), ("lowest", "ASC"), ("smallest", "ASC"))
     question = s.some("Show the {} of the {} {} with the {} {}.", "What is the {} of the {} {} with the {} {}?")
     sql = f"SELECT {shown} FROM {s.noun} ORDER BY {column} {order} LIMIT {limit};"
     return question.format(said, limit, s.noun, end, plain(column)), sql
@@ -233,7 +240,7 @@ def top(s: Scene) -> tuple[str, str]:
 def ordered(s: Scene) -> tuple[str, str]:
     column = s.rng.choice([*s.numbers, *s.texts])
     said, shown = s.columns()
-    way, order = s.some(("ascending", "ASC"), ("descending", "DESC"))  # type: ignore
+    way, order = s.some(("ascending", "ASC"), ("descending", "DESC"))
     question = s.some("Show the {} of all {} in {} order of {}.", "List the {} of the {} in {} order of {}.")
     return question.format(said, s.noun, way, plain(column)), f"SELECT {shown} FROM {s.noun} ORDER BY {column} {order};"
 
@@ -246,9 +253,9 @@ def aggregate(s: Scene) -> tuple[str, str]:
 
 def aggregate_where(s: Scene) -> tuple[str, str]:
     column, function = s.number(), s.some(*MOST)
-    words, sql = s.equals()
+    where, sql = s.equals()
     question = s.some("What is the {} {} of the {} {}?", "Give the {} {} of all {} {}.")
-    said = question.format(MOST[function], plain(column), s.noun, words)
+    said = question.format(MOST[function], plain(column), s.noun, where)
     return said, f"SELECT {function}({column}) FROM {s.noun} WHERE {sql};"
 
 

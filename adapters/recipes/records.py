@@ -9,39 +9,40 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .task import Split, Task, owned
+from .task import Split, Task, owned, words
 
 Value = str | int | float | bool
-FIRST_NAMES = (
+FIRST_NAMES = words(
     "Ada Boris Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kavya Lena Marco Nadia Omar Petra Quentin Rosa Samir Tara "
     "Ulrich Vera Wanda Xavier Yuki Zoe José Chloé Björn Aisha Liam Mei Noah Olga Pablo Ravi Sofia Tom Ursula Viktor"
-).split()
-SURNAMES = (
+)
+SURNAMES = words(
     "Lovelace Novak Rossi Petrov Fischer Haddad Lindqvist Martin Costa Weber Sharma Schulz Bianchi Karim Nassar Horvat "
     "Dubois Alvarez Khan Reddy Bauer Sokolova Kowalska Leroy Tanaka Müller García Lefèvre Andersson Okafor Murphy Chen "
     "Jensen Ivanova Ortega Patel Greco Walker Braun Orlov Baker Moreau Silva Nguyen Yilmaz Kimura Adeyemi Larsen Hughes "
     "Papadakis Wójcik Takahashi Fernandes Byrne Eriksen Popescu Santos Mwangi Clarke Demir Vogel Marin Olsen Quinn Sato"
-).split()
-CITIES = (
+)
+CITIES = words(
     "Paris Lyon Berlin Munich Zürich Vienna Prague Warsaw Gdansk Madrid Seville Lisbon Porto Rome Milan Naples Athens "
     "Oslo Bergen Stockholm Malmö Helsinki Tallinn Riga Dublin Cork London Leeds Glasgow Boston Denver Austin Toronto "
     "Montreal Lima Bogotá Santiago Nairobi Lagos Accra Cairo Tunis Mumbai Delhi Hanoi Osaka Kyoto Seoul Sydney Perth"
-).split()
+)
 GOODS = (
-    "desk lamp,office chair,oak table,bread knife,tea kettle,wool blanket,garden hose,bike helmet,phone case,yoga mat,"
-    "rain jacket,coffee grinder,alarm clock,picture frame,travel mug,laptop stand,paper shredder,water filter,cast iron "
-    "pan,bath towel,door mat,soup bowl,chess set,camping stove,sleeping bag,wall mirror,shoe rack,ink cartridge,usb cable,"
-    "desk fan,glass vase,pepper mill,tool box,paint roller,ski goggles,tennis racket,hiking boots,leather belt"
-).split(",")
+    *words("wardrobe bookshelf armchair kettle blanket hose helmet thermos jacket grinder clock mirror towel doormat"),
+    *("desk lamp", "office chair", "oak table", "bread knife", "phone case", "yoga mat", "picture frame", "travel mug"),
+    *("laptop stand", "paper shredder", "water filter", "cast iron pan", "soup bowl", "chess set", "camping stove"),
+    *("sleeping bag", "shoe rack", "ink cartridge", "usb cable", "desk fan", "glass vase", "pepper mill", "tool box"),
+    *("paint roller", "ski goggles", "tennis racket", "hiking boots", "leather belt", "garden fork", "rain barrel"),
+)
 TITLES = [
     f"The {a} {b}"
-    for a in "Silent Last Hidden Golden Broken Paper Winter Northern Crooked Distant Burning Blue Forgotten".split()
-    for b in "River Garden Letter Harbor Mountain Clockmaker Bridge Orchard Lantern Island Mirror Witness".split()
+    for a in words("Silent Last Hidden Golden Broken Paper Winter Northern Crooked Distant Burning Blue Forgotten")
+    for b in words("River Garden Letter Harbor Mountain Clockmaker Bridge Orchard Lantern Island Mirror Witness")
 ]
-NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMERALS = words("zero one two three four five six seven eight nine ten eleven twelve")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Field:
     value: Callable[[random.Random, Split], Value]
 
     def entry(self, rng: random.Random, value: Value) -> str:
-        text = rng.choice(("yes", "true") if value else ("no", "false")) if isinstance(value, bool) else self.spelt(value)
+        text = (
+            rng.choice(("yes", "true") if value else ("no", "false")) if isinstance(value, bool) else self.spelt(value)
+        )
         return f"{rng.choice(self.labels)}: {text}"
 
     def clause(self, rng: random.Random, value: Value) -> str:
@@ -76,7 +79,7 @@ def person(rng: random.Random, split: Split) -> str:
     return f"{rng.choice(FIRST_NAMES)} {rng.choice(owned(SURNAMES, split))}"
 
 
-def one_of(values: list[str]) -> Callable[[random.Random, Split], str]:
+def one_of(values: Sequence[str]) -> Callable[[random.Random, Split], str]:
     return lambda rng, split: rng.choice(owned(values, split))
 
 
@@ -109,7 +112,9 @@ KINDS: tuple[tuple[Field, ...], ...] = (
     ),
     (
         Field("customer", ("Customer", "Buyer", "Ordered by"), ("{}",), person),
-        Field("item", ("Item", "Product", "Article"), ("ordered the {}", "chose the {}", "bought the {}"), one_of(GOODS)),
+        Field(
+            "item", ("Item", "Product", "Article"), ("ordered the {}", "chose the {}", "bought the {}"), one_of(GOODS)
+        ),
         Field("quantity", ("Quantity", "Qty", "Pieces"), ("takes {} of them", "wants {} pieces"), whole(1, 40)),
         Field("price", ("Price", "Unit price", "Price each"), ("pays ${} each", "was quoted ${}"), decimal(1, 400)),
         Field(
@@ -133,7 +138,9 @@ KINDS: tuple[tuple[Field, ...], ...] = (
     ),
     (
         Field("guest", ("Guest", "Name of guest", "Booked by"), ("{}",), person),
-        Field("hotel_city", ("City", "Hotel in", "Place"), ("is staying in {}", "booked a hotel in {}"), one_of(CITIES)),
+        Field(
+            "hotel_city", ("City", "Hotel in", "Place"), ("is staying in {}", "booked a hotel in {}"), one_of(CITIES)
+        ),
         Field("nights", ("Nights", "Number of nights"), ("stays {} nights", "needs {} nights"), whole(2, 30)),
         Field("room", ("Room", "Room number"), ("has room {}", "was given room {}"), whole(101, 999)),
         Field(

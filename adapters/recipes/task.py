@@ -57,3 +57,7 @@ def side(value: str) -> Split:
 def owned(values: Sequence[str], split: Split) -> list[str]:
     """Those of `values` that belong to `split`."""
     return [value for value in values if side(value) == split]
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())

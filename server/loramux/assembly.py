@@ -17,6 +17,7 @@ from loramux.lora.manager import AdapterManager
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
+from loramux.lora.snapshot import measure
 from loramux.model.kv_capacity import kv_blocks
 from loramux.model.loading import LoadedModel, Progress, load_model
 from loramux.model.tokenizer import IdsOnly
@@ -88,6 +89,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         registry,
         AdapterRoots(settings.adapter_dir),
         read_and_place,
+        measure=lambda folder: measure(folder, model.dtype.itemsize, limits),
         limits=limits,
         load_timeout=settings.load_timeout,
     )

@@ -100,7 +100,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
         uid = self.loaded.pop(request.name)
         self.unloads += 1
         self.unloaded_in_use += self.leases[uid] > 0
-        while self.leases[uid]:
+        while self.leases[uid]:  # noqa: ASYNC110  a test server may poll
             await asyncio.sleep(0.002)
         if self.behaviour.forget_to_free:
             self.loaded.setdefault("forgotten", uid)

@@ -91,6 +91,7 @@ async def test_counts_are_those_of_what_happened(tmp_path: Path, free_port: int)
         assert now["loramux_healthy", labels()] == 1
         assert not any("no such name" in value for _, pairs in now for _, value in pairs)
         await r.admin.unload("a")
+        await asyncio.sleep(0.5)  # counts may be that old
         assert not any(("adapter", "a") in pairs for _, pairs in await scrape(r))
 
 
@@ -130,9 +131,10 @@ def test_a_scrape_is_not_felt() -> None:
         finish(metrics, f"adapter-{i}")
     metrics.render()
     started = time.thread_time()
-    for _ in range(10):
+    for _ in range(20):
         metrics.render()
-    assert (time.thread_time() - started) / 10 < 0.005
+        time.sleep(0.05)
+    assert time.thread_time() - started < 0.1
 
 
 def finish(metrics: Metrics, adapter: str) -> None:

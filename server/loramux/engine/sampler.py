@@ -24,9 +24,7 @@ from loramux.engine.sequence import Sequence
 from loramux.engine.uniform import uniform
 
 MIN_TEMPERATURE = 1e-5  # below it the distribution is a point in float32: greedy
-NUCLEUS_CANDIDATES = (
-    1024  # top-p alone looks at this many tokens first, and at all of them only if these do not reach p
-)
+NUCLEUS_CANDIDATES = 1024  # top-p alone looks at so many tokens first, at all only if these do not reach p
 
 
 @dataclass(frozen=True, slots=True)

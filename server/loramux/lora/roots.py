@@ -68,7 +68,7 @@ class AdapterRoots:
 
     def _missing(self, source: str) -> str:
         if not self.paths:
-            return f"there is no folder {source!r}: the server was started without --adapter-root"
+            return f"there is no folder {source!r}: the server was started without --adapter-dir"
         return (
             f"there is no folder {source!r}; searched the adapter roots {self._listed()}. Put a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE} there"
@@ -97,7 +97,7 @@ class AdapterRoots:
     def _not_allowed(self, path: str) -> PathNotAllowed:
         return PathNotAllowed(
             f"{path!r} leads outside the adapter roots {self._listed()} once `..` and symbolic links are resolved; "
-            "copy the folder under a root, or start the server with another --adapter-root",
+            "copy the folder under a root, or start the server with another --adapter-dir",
             metadata={"path": path},
         )
 
