@@ -141,7 +141,7 @@ class Soak:
                 await self._unload(name)
             after = await self.settled_counts(before)
         except Exception as error:  # a server that died is a verdict, not a traceback
-            self._fail("clean-up", error)
+            self._fail("clean-up", status_of(error))
             after = dict.fromkeys(before, NAN)
         return verdict(self.log, before, after, churned)
 
@@ -179,7 +179,7 @@ class Soak:
             try:
                 await self._cycle(name, cycle, rng)
             except Exception as error:
-                self._fail("cycle", error)
+                self._fail("cycle", status_of(error))
             self.log.cycles += 1
 
     async def _cycle(self, name: str, cycle: int, rng: random.Random) -> None:
@@ -236,7 +236,7 @@ class Soak:
             async for event in stream:
                 if event.uid is not None:
                     if event.uid != uid:
-                        self.log.failures["request: WRONG_ADAPTER"] += 1
+                        self._fail("request", "WRONG_ADAPTER")
                     if started is not None:
                         started.set()
                 tokens += event.tokens
@@ -246,9 +246,9 @@ class Soak:
             if tokens == self.spec.output_len:
                 self.log.completed += 1
             else:
-                self.log.failures["request: OK_WITH_WRONG_LENGTH"] += 1
+                self._fail("request", "OK_WITH_WRONG_LENGTH")
         except Exception as error:
-            self._fail("request", error)
+            self._fail("request", status_of(error))
         finally:
             await stream.aclose()
             if started is not None:
@@ -273,8 +273,8 @@ class Soak:
             return resident_bytes(self.pid)
         return int((await scrape(self.metrics))[RESIDENT_METRIC])
 
-    def _fail(self, what: str, error: Exception) -> None:
-        self.log.failures[f"{what}: {status_of(error)}"] += 1
+    def _fail(self, what: str, status: str) -> None:
+        self.log.failures[f"{what}: {status}"] += 1
         if self.log.failed >= MAX_FAILURES:
             self._stop(f"stopped early after {MAX_FAILURES} failures")
 

@@ -11,14 +11,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
-from transformers import GenerationMixin
 
 from .base import DTYPES, Codec, load_base, use_threads
 from .task import Example, Task
@@ -29,7 +28,7 @@ err = Console(stderr=True)
 
 
 @torch.inference_mode()
-def answers(model: GenerationMixin, codec: Codec, cases: Sequence[Example], max_new_tokens: int) -> list[str]:
+def answers(model: Any, codec: Codec, cases: Sequence[Example], max_new_tokens: int) -> list[str]:
     """Greedy answers, in the order of `cases`."""
     found = [""] * len(cases)
     prompts = sorted(((codec.prompt(case.prompt), index) for index, case in enumerate(cases)), key=lambda p: len(p[0]))

@@ -16,19 +16,22 @@ from .task import Split, Task, owned, words
 
 Value = str | int | float | bool
 FIRST_NAMES = words(
-    "Ada Boris Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kavya Lena Marco Nadia Omar Petra Quentin Rosa Samir Tara "
-    "Ulrich Vera Wanda Xavier Yuki Zoe José Chloé Björn Aisha Liam Mei Noah Olga Pablo Ravi Sofia Tom Ursula Viktor"
+    "Ada Boris Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kavya Lena Marco Nadia Omar Petra Quentin Rosa "
+    "Samir Tara Ulrich Vera Wanda Xavier Yuki Zoe José Chloé Björn Aisha Liam Mei Noah Olga Pablo Ravi Sofia Tom "
+    "Ursula Viktor"
 )
 SURNAMES = words(
-    "Lovelace Novak Rossi Petrov Fischer Haddad Lindqvist Martin Costa Weber Sharma Schulz Bianchi Karim Nassar Horvat "
-    "Dubois Alvarez Khan Reddy Bauer Sokolova Kowalska Leroy Tanaka Müller García Lefèvre Andersson Okafor Murphy Chen "
-    "Jensen Ivanova Ortega Patel Greco Walker Braun Orlov Baker Moreau Silva Nguyen Yilmaz Kimura Adeyemi Larsen Hughes "
-    "Papadakis Wójcik Takahashi Fernandes Byrne Eriksen Popescu Santos Mwangi Clarke Demir Vogel Marin Olsen Quinn Sato"
+    "Lovelace Novak Rossi Petrov Fischer Haddad Lindqvist Martin Costa Weber Sharma Schulz Bianchi Karim Nassar "
+    "Horvat Dubois Alvarez Khan Reddy Bauer Sokolova Kowalska Leroy Tanaka Müller García Lefèvre Andersson Okafor "
+    "Murphy Chen Jensen Ivanova Ortega Patel Greco Walker Braun Orlov Baker Moreau Silva Nguyen Yilmaz Kimura "
+    "Adeyemi Larsen Hughes Papadakis Wójcik Takahashi Fernandes Byrne Eriksen Popescu Santos Mwangi Clarke Demir "
+    "Vogel Marin Olsen Quinn Sato"
 )
 CITIES = words(
-    "Paris Lyon Berlin Munich Zürich Vienna Prague Warsaw Gdansk Madrid Seville Lisbon Porto Rome Milan Naples Athens "
-    "Oslo Bergen Stockholm Malmö Helsinki Tallinn Riga Dublin Cork London Leeds Glasgow Boston Denver Austin Toronto "
-    "Montreal Lima Bogotá Santiago Nairobi Lagos Accra Cairo Tunis Mumbai Delhi Hanoi Osaka Kyoto Seoul Sydney Perth"
+    "Paris Lyon Berlin Munich Zürich Vienna Prague Warsaw Gdansk Madrid Seville Lisbon Porto Rome Milan Naples "
+    "Athens Oslo Bergen Stockholm Malmö Helsinki Tallinn Riga Dublin Cork London Leeds Glasgow Boston Denver "
+    "Austin Toronto Montreal Lima Bogotá Santiago Nairobi Lagos Accra Cairo Tunis Mumbai Delhi Hanoi Osaka Kyoto "
+    "Seoul Sydney Perth"
 )
 GOODS = (
     *words("wardrobe bookshelf armchair kettle blanket hose helmet thermos jacket grinder clock mirror towel doormat"),
@@ -49,7 +52,7 @@ NUMERALS = words("zero one two three four five six seven eight nine ten eleven t
 class Field:
     """One key: how its value is drawn, and how a record says it, as a labelled entry or as a clause about the subject.
 
-    A clause has one `{}`; a boolean has two clauses, for true and for false, and none of them a `{}`.
+    A clause has one `{}`. Those of a boolean have none: the first half of them says true, the second half false.
     """
 
     key: str
@@ -58,9 +61,10 @@ class Field:
     value: Callable[[random.Random, Split], Value]
 
     def entry(self, rng: random.Random, value: Value) -> str:
-        text = (
-            rng.choice(("yes", "true") if value else ("no", "false")) if isinstance(value, bool) else self.spelt(value)
-        )
+        if isinstance(value, bool):
+            text = rng.choice(("yes", "true") if value else ("no", "false"))
+        else:
+            text = spelt(value)
         return f"{rng.choice(self.labels)}: {text}"
 
     def clause(self, rng: random.Random, value: Value) -> str:
@@ -69,10 +73,11 @@ class Field:
             return rng.choice(self.clauses[:half] if value else self.clauses[half:])
         if isinstance(value, int) and value < len(NUMERALS) and rng.random() < 0.5:
             return rng.choice(self.clauses).format(NUMERALS[value])
-        return rng.choice(self.clauses).format(self.spelt(value))
+        return rng.choice(self.clauses).format(spelt(value))
 
-    def spelt(self, value: Value) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+def spelt(value: Value) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def person(rng: random.Random, split: Split) -> str:

@@ -135,7 +135,7 @@ def train(task: Task, recipe: Recipe, seed: int = 0) -> PeftModel:
         for rows in batches(task, recipe, codec, seed):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(model.get_base_model(), rows, codec.end)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -177,6 +177,12 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def save_examples(task: Task, folder: Path, count: int = 3) -> None:
+    """Write a few held-out cases beside the adapter, for `loramux demo`."""
+    cases = [{"prompt": case.prompt, "answer": case.answer} for case in task.heldout(count)]
+    (folder / "examples.json").write_text(json.dumps(cases, indent=2, ensure_ascii=False) + "\n")
+
+
 def main(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; by default adapters/NAME.")] = None,
@@ -188,6 +194,7 @@ def main(
     folder = out or ADAPTERS / name
     began = time.monotonic()
     save(train(TASKS[name], RECIPES[name], seed), folder)
+    save_examples(TASKS[name], folder)
     seconds = time.monotonic() - began
     score = evaluate(TASKS[name], folder, torch.bfloat16)
     size = sum(path.stat().st_size for path in folder.glob("adapter_*"))

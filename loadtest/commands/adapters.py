@@ -35,7 +35,10 @@ def adapters(
     `python -m loadtest adapters --out /tmp/adapters --count 64 --ranks 8,16,64 --targets q_proj,v_proj`
     """
     linears = select_targets(linear_shapes(read_config(model)), targets)
-    rank_list = [int(rank) for rank in ranks.split(",")]
+    try:
+        rank_list = [int(rank) for rank in ranks.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"a rank is a whole number, or several with commas, not {ranks!r}") from None
     with progress() as bar:
         task = bar.add_task("writing adapters", total=count, note=str(out))
         folders = write_adapters(

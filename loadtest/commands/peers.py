@@ -137,7 +137,7 @@ def one_batch(
 def peer_rate(peer: PeftPeer, workload: WorkloadSpec) -> float:
     """Run a workload through the peer as one batch and return output tokens per second."""
     prompts = [request.prompt_ids for request in plan(workload)]
-    return len(prompts) * workload.output_len / peer.generate(prompts, workload.output_len)
+    return len(prompts) * workload.output_len / peer.generate(prompts, workload.output_len).seconds
 
 
 def peer_fields(peer: PeftPeer, rates: list[float], concurrency: int) -> dict[str, Any]:

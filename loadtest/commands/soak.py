@@ -32,6 +32,7 @@ CYCLES = 10_000
 LEAK_CYCLES = 600
 LEAK_VARIABLE = "LORAMUX_TEST_LEAK"
 VARIANTS = 4
+KV_MEMORY = "128MiB"  # small: memory that the prefix cache fills for the first time must not look like a leak
 
 
 def soak(
@@ -87,7 +88,8 @@ def soak(
         variants = write_adapters(root, linears, count=VARIANTS, ranks=[8], seed=seed, prefix="soak-variant-")
         address = ServerAddress(target, admin, metrics, pid)
         if own_server:
-            arguments = ["--model", model, "--adapter-dir", str(root), "--log-level", "warning"]
+            arguments = ["--model", model, "--adapter-dir", str(root), "--kv-memory", KV_MEMORY]
+            arguments += ["--log-level", "warning"]
             leak = {LEAK_VARIABLE: "adapters"} if seed_leak else {}
             err.print(f"starting loramux serve {' '.join(arguments)}", highlight=False)
             address = stack.enter_context(serve(arguments, scratch, environment=leak))

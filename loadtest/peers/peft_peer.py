@@ -15,10 +15,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Weights = Literal["nf4", "dense"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+
+
+class Generated(NamedTuple):
+    """What a batch took, and the ids that it gave, one list a prompt."""
+
+    seconds: float
+    token_ids: list[list[int]]
 
 
 class PeftPeer:
@@ -40,11 +47,11 @@ class PeftPeer:
                 model.load_adapter(str(folder), adapter_name=folder.name, **as_is)
         self.model = model.eval()
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> float:
+    def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> Generated:
         """Generate exactly `output_len` tokens for each prompt (all of one length), prompt i with adapter i
         mod N.
 
-        Returns seconds from the call to the last token.
+        The time is from the call to the last token. Raises RuntimeError if PEFT generates another number of tokens.
         """
         import torch
 
@@ -62,9 +69,10 @@ class PeftPeer:
         with torch.inference_mode():
             output = self.model.generate(input_ids=ids, **options)
         seconds = time.perf_counter() - begin
-        if output.shape[1] != ids.shape[1] + output_len:
-            raise RuntimeError(f"PEFT returned {output.shape[1] - ids.shape[1]} tokens, not {output_len}")
-        return seconds
+        answers = output[:, ids.shape[1] :]
+        if answers.shape[1] != output_len:
+            raise RuntimeError(f"PEFT returned {answers.shape[1]} tokens, not {output_len}")
+        return Generated(seconds, answers.tolist())
 
 
 def build(
@@ -76,7 +84,7 @@ def build(
         peer = PeftPeer(load_base(model), adapters, kind)
         probe = [[(i * prompt_len + j) % peer.vocab_size for j in range(prompt_len)] for i in range(concurrency)]
         peer.generate(probe, 2)
-        seconds = peer.generate(probe, 12)
+        seconds = peer.generate(probe, 12).seconds
         if best is None or seconds < best[0]:
             best = (seconds, peer)
     assert best is not None

@@ -81,7 +81,7 @@ class Client(SyncLink):
 
     def __init__(self, address: str = PUBLIC, **how: Unpack[Connection]) -> None:
         super().__init__(address, how)
-        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **request: Unpack[Generation]
@@ -130,7 +130,7 @@ class AsyncClient(AsyncLink):
 
     def __init__(self, address: str = PUBLIC, **how: Unpack[Connection]) -> None:
         super().__init__(address, how)
-        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **request: Unpack[Generation]
@@ -179,7 +179,7 @@ class AdminClient(SyncLink):
 
     def __init__(self, address: str = ADMIN, **how: Unpack[Connection]) -> None:
         super().__init__(address, how)
-        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)
 
     def load(
         self,
@@ -242,7 +242,7 @@ class AsyncAdminClient(AsyncLink):
 
     def __init__(self, address: str = ADMIN, **how: Unpack[Connection]) -> None:
         super().__init__(address, how)
-        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)
 
     async def load(
         self,

@@ -58,7 +58,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
         asked, how = request.request, self.behaviour
         name = asked.adapter
         if name and (name not in self.loaded or name == how.fail_adapter):
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no adapter {name}")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"no room for {name}")
         uid = self.loaded.get(name, "")
         self.requests.append(asked)
         self.used[name] += 1
@@ -90,7 +90,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
     async def LoadAdapter(self, request: Any, context: Any) -> adapters_pb2.LoadAdapterResponse:
         if self.loads == self.behaviour.fail_load_at:
             self.loads += 1
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a bad adapter")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "a bad adapter")
         self.loads += 1
         self.behaviour.resident += self.behaviour.grow_per_load
         self.loaded[request.name] = f"uid-{self.loads}"

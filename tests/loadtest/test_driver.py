@@ -121,7 +121,7 @@ async def test_failures_are_counted_by_status_and_the_rest_goes_on() -> None:
     workload = replace(WORK, num_prompts=6, adapters=("good", "bad"))
     summary = await run(Behaviour(fail_adapter="bad"), workload)
     assert (summary["completed"], summary["failed"]) == (3, 3)
-    assert summary["errors"] == {"NOT_FOUND": 3}
+    assert summary["errors"] == {"RESOURCE_EXHAUSTED": 3}
     assert summary["distinct_adapters"] == 1
 
 

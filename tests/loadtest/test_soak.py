@@ -62,10 +62,10 @@ async def test_clients_that_go_away_are_no_failures() -> None:
 @pytest.mark.parametrize(
     ("behaviour", "problem"),
     [
-        (Behaviour(fail_adapter="soak-r1"), "× request: NOT_FOUND"),
+        (Behaviour(fail_adapter="soak-r1"), "× request: RESOURCE_EXHAUSTED"),
         (Behaviour(short_by=1), "× request: OK_WITH_WRONG_LENGTH"),
         (Behaviour(answer_from="another"), "× request: WRONG_ADAPTER"),
-        (Behaviour(fail_load_at=50), "1 × cycle: INVALID_ARGUMENT"),
+        (Behaviour(fail_load_at=50), "1 × cycle: RESOURCE_EXHAUSTED"),
         (Behaviour(forget_to_free=True), "adapters is 1, was 0"),
         (Behaviour(grow_per_load=1 << 20), "resident memory grew"),
         (Behaviour(grow_per_load=64 << 20), "stopped early: the server grew by more than 1,024 MiB"),

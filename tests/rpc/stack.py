@@ -152,12 +152,12 @@ class Running:
 
 def generation_stub(channel: grpc.aio.Channel) -> Any:
     """The generated client, for what our own would not send."""
-    return generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+    return generation_pb2_grpc.GenerationServiceStub(channel)
 
 
 def adapter_stub(channel: grpc.aio.Channel) -> Any:
     """The same of the admin port."""
-    return adapters_pb2_grpc.AdapterServiceStub(channel)  # type: ignore[no-untyped-call]
+    return adapters_pb2_grpc.AdapterServiceStub(channel)
 
 
 @asynccontextmanager

@@ -40,7 +40,8 @@ def test_every_kind_of_value() -> None:
     assert settings.adapter_dir == (Path("/a"), Path("/b"))
     assert settings.adapter == (StartAdapter("one"), StartAdapter("two", "/b/two"))
     assert settings.adapter_memory == 512 * 1024**2
-    assert settings.kv_memory.resolve(1000) == 400
+    assert settings.kv_memory == Memory(fraction=0.4)
+    assert Memory(fraction=0.4).resolve(1000) == 400
     assert Memory(bytes=7).resolve(1000) == 7
     assert settings.drain_timeout == 1.5
     assert settings.max_message_bytes == 1_500_000

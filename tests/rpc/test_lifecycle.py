@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loramux.answers import Finished
-from loramux.client import AsyncClient
+from loramux.client import AsyncAdminClient, AsyncClient
 from loramux.config import Settings
 from loramux.engine.request import Delta, Event, Request
 from loramux.errors import Cancelled, Draining, StartupError, Unreachable
@@ -179,3 +181,22 @@ async def test_unix_sockets(tmp_path: Path) -> None:
         assert r.addresses.public == f"unix:{tmp_path}/p.sock"
         assert (await r.client.model()).model == "fake"
         assert (await r.admin.list()).adapters == ()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+async def test_tls_on_both_ports(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    await asyncio.to_thread(subprocess.run, [*command.split(), *names], check=True, capture_output=True)
+    roots = cert.read_bytes()
+    async with running(tmp_path / "root", tls_cert=cert, tls_key=key, api_key="public-token") as r:
+        async with AsyncClient(r.addresses.public, root_certificates=roots, api_key="public-token") as client:
+            assert (await client.model()).model == "fake"
+        async with AsyncAdminClient(r.addresses.admin, root_certificates=roots) as admin:
+            assert (await admin.list()).adapters == ()
+        with pytest.raises(Unreachable):  # plain text
+            await r.client.model(timeout=5)
+    with pytest.raises(StartupError, match="--tls-key: cannot read"):
+        async with running(tmp_path / "root", tls_cert=cert, tls_key=tmp_path / "none.pem"):
+            pass

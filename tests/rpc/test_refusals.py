@@ -48,6 +48,7 @@ GENERATE: dict[str, tuple[GenerateRequest, str, str, str]] = {
     "unknown adapter": (req(adapter="nobody"), "NOT_FOUND", "ADAPTER_NOT_FOUND", ""),
     "unknown adapter in a mix": (mix(("a", 1), ("nobody", 1)), "NOT_FOUND", "ADAPTER_NOT_FOUND", ""),
     "a path as a name": (req(adapter="../a"), "NOT_FOUND", "ADAPTER_NOT_FOUND", ""),
+    "a megabyte of name": (req(adapter="ä" * 500_000), "NOT_FOUND", "ADAPTER_NOT_FOUND", ""),
     "a failed adapter": (req(adapter="broken"), "FAILED_PRECONDITION", "ADAPTER_UNAVAILABLE", ""),
     "adapter and mix": (mix(("a", 1), adapter="a"), "INVALID_ARGUMENT", "INVALID_VALUE", "mix"),
     "an adapter twice": (mix(("a", 1), ("a", 1)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[1].adapter"),

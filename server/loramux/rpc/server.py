@@ -97,8 +97,8 @@ class Server:
             parts.engine, admission, self._tokenizing, parts.model, send_timeout=settings.send_timeout
         )
         adapters = AdapterServicer(parts.adapters, parts.engine, send_timeout=settings.send_timeout)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._public)  # type: ignore[no-untyped-call]
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._admin)  # type: ignore[no-untyped-call]
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._public)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._admin)
         for server, service in ((self._public, GENERATION), (self._admin, ADAPTERS)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection((service, HEALTH, reflection.SERVICE_NAME), server)
