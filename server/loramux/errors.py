@@ -12,7 +12,7 @@
     ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full, a client that never reads (RetryInfo detail)
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    the request's deadline passed; its work has stopped
     ├── Cancelled             CANCELLED            the client or an operator cancelled the request
-    ├── Draining              UNAVAILABLE          the server or the adapter is shutting down (RetryInfo detail)
+    ├── Draining              UNAVAILABLE          the server is shutting down (RetryInfo detail)
     ├── Unreachable           UNAVAILABLE          (raised by clients) no server answers at the address
     ├── Unimplemented         UNIMPLEMENTED        part of the contract that this build does not serve yet
     ├── EngineFault           INTERNAL             a defect; the text tells clients nothing of the internals
@@ -158,14 +158,17 @@ class DeadlineExceeded(LoramuxError):
 
 
 class Cancelled(LoramuxError):
-    """The client went away, or an operator cancelled the request (unload with cancel, shutdown)."""
+    """The client went away, or an operator cancelled the request (unload with cancel)."""
 
     status = "CANCELLED"
     reason = "CANCELLED"
 
 
 class Draining(LoramuxError):
-    """The server or the adapter takes no new requests. `retry_after` is in seconds."""
+    """The server is going away: it takes no new requests, and running ones end when the drain's time is over.
+
+    `retry_after` is in seconds.
+    """
 
     status = "UNAVAILABLE"
     reason = "DRAINING"

@@ -308,7 +308,7 @@ async def test_drain_cancels_what_is_late() -> None:
         await asyncio.sleep(0.05)
         server.model.open()
         assert await drain == 2
-        assert {type(e) for e in await asyncio.gather(*tasks)} == {Cancelled}
+        assert {type(e) for e in await asyncio.gather(*tasks)} == {Draining}
         await server.assert_baseline(r, waiting)
 
 
@@ -321,7 +321,7 @@ async def test_stop_ends_what_runs() -> None:
         await asyncio.sleep(0)
         server.model.open()
         await stop
-        assert isinstance(await task, Cancelled)
+        assert isinstance(await task, Draining)
         assert server.finished == [r]
         assert not server.engine.healthy
 

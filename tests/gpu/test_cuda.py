@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from loramux.model.loading import dequantized_model, load_model
 from loramux.ops.backend import Backend, LinearPart, SiteSegment
 from loramux.ops.nf4 import NF4Weight
@@ -15,6 +14,7 @@ from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 from loramux.ops.reference import ReferenceBackend, dequantize
 from loramux.ops.segment import LoraWeights
 from loramux.ops.select import select_backend
+
 from tests.model.tiny import FAMILIES, greedy_flat, save_tiny
 from tests.server.stack import save_adapter, save_model, serving
 
@@ -93,9 +93,7 @@ def test_attention(backend: Backend, cuda: torch.device, window: int | None, sof
         starts,
         contexts,
     )
-    q, k, v = (
-        torch.randn(starts[-1], heads, 64, generator=g, device=cuda).to(torch.bfloat16) for heads in (8, 2, 2)
-    )
+    q, k, v = (torch.randn(starts[-1], heads, 64, generator=g, device=cuda).to(torch.bfloat16) for heads in (8, 2, 2))
     shape = AttentionShape(0.125, window, softcap)
     other = LayerCache(cache.keys.clone(), cache.values.clone())
     expected = REFERENCE.attention(q, k, v, other, batch, shape)
@@ -109,9 +107,7 @@ def test_flat_driving_equals_generate(family: str, tmp_path: Path) -> None:
     oracle.generation_config.eos_token_id = None
     prompt = [5, 17, 99, 3, 42, 8, 77]
     ids = torch.tensor([prompt])
-    out = oracle.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
-    )
+    out = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
     model = load_model(folder, device="cuda", dtype="fp32").model
     assert greedy_flat(model, [prompt, [7, 7]], 12)[0] == out[0, len(prompt) :].tolist()
 
@@ -125,8 +121,6 @@ async def test_a_mixed_batch_over_grpc(tmp_path: Path) -> None:
         baseline = stack.counts()
         cases = [(name, prompt) for name in ("", *names) for prompt in ("Hello", "The sea is")]
         alone = [(await stack.client.generate(p, adapter=a, max_new_tokens=16)).text for a, p in cases]
-        together = await asyncio.gather(
-            *(stack.client.generate(p, adapter=a, max_new_tokens=16) for a, p in cases)
-        )
+        together = await asyncio.gather(*(stack.client.generate(p, adapter=a, max_new_tokens=16) for a, p in cases))
         assert [r.text for r in together] == alone
         await stack.settle(baseline)

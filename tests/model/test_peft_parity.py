@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-
 from loramux.lora.adapter import Adapter
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.loading import dequantized_model, load_model
 from loramux.ops.segment import Segment
+from peft import LoraConfig, PeftModel, get_peft_model
+
 from tests.model.tiny import greedy_flat, save_tiny
 
 # PEFT warns of lora_bias on layers without a bias (which matters for merging) and takes it for a broken shard.

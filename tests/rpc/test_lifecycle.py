@@ -152,7 +152,7 @@ async def test_drain_cancels_what_does_not_end_in_time(tmp_path: Path) -> None:
         await anext(stream)
         first, second = await asyncio.gather(r.server.drain(), r.server.drain())
         assert (first, second) == (1, 1)
-        with pytest.raises(Cancelled, match="shutting down"):
+        with pytest.raises(Draining, match="shutting down"):
             async for _ in stream:
                 pass
         assert r.at_baseline()

@@ -12,15 +12,15 @@ from typing import Any
 
 import grpc
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from loramux.assembly import Application, assemble, prepare_model
 from loramux.client import AsyncAdminClient, AsyncClient
 from loramux.config import Settings
 from loramux.rpc.server import Addresses
 from loramux.values import Memory
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from tests.model.tiny import save_tiny
 
 TARGETS = {

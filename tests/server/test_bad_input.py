@@ -21,11 +21,11 @@ import pytest
 import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from safetensors.torch import load_file, save_file
-
 from loramux.v1 import adapters_pb2 as ad
 from loramux.v1 import adapters_pb2_grpc, generation_pb2_grpc
 from loramux.v1 import generation_pb2 as pb
+from safetensors.torch import load_file, save_file
+
 from tests.server.stack import Stack, save_adapter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

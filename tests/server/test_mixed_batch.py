@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-
 from loramux.errors import AdapterNotFound
+
 from tests.server.stack import Stack, save_adapter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -115,7 +115,7 @@ class AsyncEngine:
             await asyncio.wait_for(self._idle.wait(), timeout)
         late = list(self._streams)
         for request in late:
-            self._post_abort(request, Cancelled("the server is shutting down"))
+            self._post_abort(request, Draining("the server is shutting down; ask another one"))
         await self._idle.wait()
         return len(late)
 
@@ -126,7 +126,7 @@ class AsyncEngine:
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
         self._alive = False
-        self._fail_all(lambda: Cancelled("the server has stopped"))
+        self._fail_all(lambda: Draining("the server has stopped"))
 
     # The event loop's side.
 
