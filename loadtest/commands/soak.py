@@ -25,8 +25,9 @@ from loadtest.commands.options import (
 from loadtest.console import emit, err, progress, show_soak
 from loadtest.server_process import ServerAddress, serve
 from loadtest.shapes import linear_shapes, read_config, select_targets
-from loadtest.soak import Soak, SoakLog, SoakSpec
+from loadtest.soak import Soak, SoakSpec
 from loadtest.trend import MIB
+from loadtest.verdict import SoakLog
 
 CYCLES = 10_000
 LEAK_CYCLES = 600

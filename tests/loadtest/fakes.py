@@ -53,7 +53,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
         return generation_pb2.GetModelResponse(model="fake", vocab_size=VOCAB, max_context=4096)
 
     async def GenerateStream(
-        self, request: generation_pb2.GenerateStreamRequest, context: grpc.aio.ServicerContext
+        self, request: generation_pb2.GenerateStreamRequest, context: Any
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         asked, how = request.request, self.behaviour
         name = asked.adapter
@@ -100,7 +100,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
         uid = self.loaded.pop(request.name)
         self.unloads += 1
         self.unloaded_in_use += self.leases[uid] > 0
-        while self.leases[uid]:  # noqa: ASYNC110  a test server may poll
+        while self.leases[uid]:
             await asyncio.sleep(0.002)
         if self.behaviour.forget_to_free:
             self.loaded.setdefault("forgotten", uid)

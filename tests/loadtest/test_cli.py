@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import loadtest
+from loadtest.cli import main
 from tests.loadtest.fakes import Behaviour, serving
 
 ROOT = Path(loadtest.__file__).parent
@@ -79,24 +80,36 @@ async def test_too_few_adapters_is_a_sentence() -> None:
     assert "Traceback" not in ended.err
 
 
+async def test_no_server_is_a_sentence() -> None:
+    ended = await run("run", "--target", "127.0.0.1:1", "--admin", "127.0.0.1:1")
+    assert ended.status == 2
+    assert "no server answers at 127.0.0.1:1" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "--target", "127.0.0.1:1", "--admin", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
-        (["run", "--concurrency", "2", "--request-rate", "3"], "not both"),
-        (["adapters", "--out", "/nowhere", "--model", "no-such-model"], "'no-such-model'"),
-        (["adapters", "--out", "/nowhere", "--rank", "16,x"], "rank"),
-        (["soak", "--seed-leak"], "--seed-leak needs --serve"),
-        (["soak"], "give --serve, or --adapter-dir"),
-        (["peers", "peft", "--adapter-dir", "/nowhere"], "no adapters under /nowhere"),
+        ("run --concurrency 2 --request-rate 3", "not both"),
+        ("adapters --out /nowhere --model no-such-model", "'no-such-model'"),
+        ("adapters --out /nowhere --rank 16,x", "a rank is a whole number"),
+        ("adapters --out /nowhere --targets w_proj", "'w_proj'"),
+        ("soak --seed-leak", "--seed-leak needs --serve"),
+        ("soak", "give --serve, or --adapter-dir"),
+        ("peers peft --adapter-dir /nowhere", "no adapters under /nowhere"),
     ],
 )
-async def test_mistakes_are_told_in_a_sentence(arguments: list[str], sentence: str) -> None:
-    ended = await run(*arguments)
-    assert ended.status == 2
-    assert sentence in " ".join(ended.err.replace("│", " ").split())
-    assert "Traceback" not in ended.err
-    assert ended.out == ""
+def test_mistakes_are_told_in_a_sentence(
+    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loadtest", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert sentence in " ".join(shown.err.replace("│", " ").split())
+    assert shown.out == ""
 
 
 async def test_a_soak_of_a_server_elsewhere(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loadtest.adapters import write_adapters
@@ -32,7 +33,8 @@ pytestmark = [
 
 def base() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(TINY).to(torch.bfloat16)
+    model = LlamaForCausalLM(TINY)
+    return model.bfloat16()
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,11 @@ def test_lengths_are_exact_though_eos_comes(adapters: list[Path]) -> None:
 
 def test_nf4_means_every_linear_but_the_head() -> None:
     model = to_nf4(base())
-    linears = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    linears: list[Any] = [
+        m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
+    ]
     assert len(linears) == 14
     assert all(isinstance(m, Linear4bit) for m in linears)
-    assert {m.weight.quant_state.nested for m in linears} == {True}
-    assert {m.weight.quant_state.quant_type for m in linears} == {"nf4"}
+    states: list[Any] = [m.weight.quant_state for m in linears]
+    assert {(state.nested, state.quant_type) for state in states} == {(True, "nf4")}
     assert type(model.lm_head) is torch.nn.Linear

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from loadtest.soak import Soak, SoakLog, SoakSpec, verdict
+from loadtest.soak import Soak, SoakSpec
 from loadtest.target import Target
+from loadtest.verdict import SoakLog, verdict
 from loadtest.watch import parse_metrics
 from tests.loadtest.fakes import Behaviour, FakeServer, serving
 

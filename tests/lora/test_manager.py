@@ -56,7 +56,7 @@ async def manager(reader: FakeReader) -> AsyncIterator[AdapterManager]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait until something holds that no event tells of."""
-    while not condition():  # noqa: ASYNC110
+    while not condition():
         await asyncio.sleep(0.001)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,9 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     configs = LLAMA if request.param == "llama" else GPT2
-    yield build(request.param, configs, tmp_path_factory.mktemp(request.param))
+    return build(request.param, configs, tmp_path_factory.mktemp(request.param))
 
 
 def mixed(setting: Setting, dtype: str) -> tuple[CausalLM, list[str], list[list[int]], list[Segment]]:

@@ -145,7 +145,7 @@ class Running:
     async def settle(self) -> None:
         """Until everything is at its baseline again; fails after five seconds."""
         async with asyncio.timeout(5):
-            while not self.at_baseline():  # noqa: ASYNC110 - three owners, no common event
+            while not self.at_baseline():
                 await asyncio.sleep(0.01)
         self.registry.check()
 

@@ -108,7 +108,7 @@ async def test_a_request_waits_for_an_adapter_that_loads(tmp_path: Path) -> None
     async with running(tmp_path) as r:
         load = asyncio.create_task(r.admin.load("a"))
         async with asyncio.timeout(5):
-            while r.registry.find("a") is None:  # noqa: ASYNC110 - as early as can be
+            while r.registry.find("a") is None:
                 await asyncio.sleep(0)
         result = await r.client.generate("hi", adapter="a", max_new_tokens=3)
         assert result.adapters[0].uid == (await load).uid

@@ -47,8 +47,8 @@ def load_model(
     """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4.
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
-    adapters are computed in. max_context lowers the model's own limit (and never raises it). progress(done, total) is called after each
-    tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
+    adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
+    called after each tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
