@@ -83,9 +83,7 @@ class Soak:
         self._stopping = asyncio.Event()
 
     async def run(self, on_sample: Callable[[SoakLog], None] = lambda log: None) -> dict[str, Any]:
-        """Run to the end and return the verdict, ready for JSON.
-
-        `verdict` in it is "pass" or "fail"; `problems` says why.
+        """Run to the end and return what `verdict` says, ready for JSON.
 
         Raises what the client raises when the server cannot be reached at all.
         """
@@ -239,7 +237,10 @@ class Soak:
     async def _resident(self) -> int:
         if self.pid is not None:
             return resident_bytes(self.pid)
-        return int((await scrape(self.metrics))[RESIDENT_METRIC])
+        page = await scrape(self.metrics)
+        if RESIDENT_METRIC not in page:
+            raise OSError(f"{self.metrics} has no {RESIDENT_METRIC}; give --pid")
+        return int(page[RESIDENT_METRIC])
 
     def _fail(self, what: str, status: str) -> None:
         self.log.failures[f"{what}: {status}"] += 1

@@ -48,7 +48,8 @@ def load_model(
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
     adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
-    called after each tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
+    called after each tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with
+    the reason.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
