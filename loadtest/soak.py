@@ -46,10 +46,10 @@ class SoakSpec:
     """How hard and how long. One cycle is one load and one unload; a replacement is one more of each."""
 
     cycles: int = 10_000
-    churn: int = 4
+    churn: int = 6
     concurrency: int = 6
     residents: int = 3
-    request_every: int = 4
+    request_every: int = 8
     replace_every: int = 16
     cancel_every: int = 16
     prompt_len: int = 16

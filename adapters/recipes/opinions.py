@@ -1,8 +1,8 @@
-"""sentiment → one word: how a review feels about one aspect, on a scale of five words, or that it does not say.
+"""sentiment → one word: how strongly a review feels, on a scale of five words.
 
-A review speaks of several aspects and feels differently about each, so the right word needs the right sentence.
-Disjoint by construction: pairs of (thing, turn of phrase) are split. Training hears "the courier" and it hears "had me
-shouting down the phone", but those that are held out it never hears together, and every held-out case turns on one.
+A review has one or two opinions of the same strength, among sentences that say nothing of it. Disjoint by construction:
+pairs of (thing, turn of phrase) are split. Training hears "the courier" and it hears "had me shouting down the phone",
+but pairs that are held out it never hears together, and a held-out review has no others.
 """
 
 from __future__ import annotations
@@ -11,16 +11,29 @@ import random
 
 from .task import Split, Task, side
 
-ASPECTS: dict[str, tuple[str, ...]] = {
-    "delivery": ("the delivery", "the courier", "the shipping"),
-    "price": ("the price", "the cost", "what they charge"),
-    "staff": ("the staff", "the team", "the service desk"),
-    "quality": ("the quality", "the workmanship", "the finish"),
-    "food": ("the food", "the menu", "the cooking"),
-    "website": ("the website", "the online shop", "the app"),
-    "packaging": ("the packaging", "the box", "the wrapping"),
-    "room": ("the room", "the bedroom", "our suite"),
-}
+THINGS = (
+    *("the delivery", "the courier", "the packaging", "the price", "what they charge", "the staff", "the service desk"),
+    *("the quality", "the workmanship", "the food", "the menu", "the cooking", "the website", "the app", "the room"),
+    *("our suite", "the garden", "the pool", "the view", "the concert", "the sound", "the screen", "the battery"),
+    *("the keyboard", "the sofa", "the mattress", "the coffee", "the tour", "the guide", "the train ride"),
+)
+
+FACTS = (
+    *("We ordered on a Tuesday.", "It was raining all week.", "There were four of us.", "My sister came along."),
+    *(
+        "We stayed for three nights.",
+        "I read about it in a magazine.",
+        "The shop is near the station.",
+        "I live nearby.",
+    ),
+    *("We had booked in March.", "It was our second visit.", "A friend told me of it.", "I paid with my card."),
+    *(
+        "The whole thing took two hours.",
+        "We arrived before noon.",
+        "It came in a brown box.",
+        "We are a family of five.",
+    ),
+)
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "furious": (
@@ -34,6 +47,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "{} is an insult to every customer",
         "{} drove me up the wall with rage",
         "I will be taking legal action over {}",
+        "{} was the worst I have ever had to suffer, never again",
+        "whoever is responsible for {} should be ashamed",
     ),
     "annoyed": (
         "{} was a bit of a letdown",
@@ -46,6 +61,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "I was not too happy with {}",
         "{} got on my nerves a little",
         "{} was rather below par",
+        "I had expected a little more from {}",
+        "there were some small problems with {}",
     ),
     "neutral": (
         "{} was about average",
@@ -58,6 +75,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "{} was perfectly ordinary",
         "{} was so-so",
         "I was indifferent to {}",
+        "{} was the same as anywhere else",
+        "I could take or leave {}",
     ),
     "pleased": (
         "{} was good",
@@ -70,6 +89,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "{} left me satisfied",
         "{} met all my wishes",
         "I was content with {}",
+        "{} was well worth it",
+        "I enjoyed {}",
     ),
     "delighted": (
         "{} was beyond my wildest dreams",
@@ -82,38 +103,33 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "words cannot describe how wonderful {} was",
         "{} was perfect in every way, ten out of ten",
         "I was thrilled to bits by {}",
+        "{} was pure magic from start to end",
+        "{} blew me away completely",
     ),
 }
 
-LABELS = (*PHRASES, "unmentioned")
 
-
-def sentence(rng: random.Random, aspect: str, label: str, split: Split) -> str:
+def opinion(rng: random.Random, label: str, split: Split) -> str:
     """A sentence whose (thing, phrase) pair belongs to `split`."""
     while True:
-        thing, phrase = rng.choice(ASPECTS[aspect]), rng.choice(PHRASES[label])
+        thing, phrase = rng.choice(THINGS), rng.choice(PHRASES[label])
         if side(f"{thing}/{phrase}") == split:
             text = phrase.format(thing)
             return f"{text[0].upper()}{text[1:]}."
 
 
 def draw(rng: random.Random, split: Split) -> tuple[str, str]:
-    label = rng.choice(LABELS)
-    asked, *others = rng.sample(list(ASPECTS), rng.randint(2, 4))
-    sentences = [sentence(rng, aspect, rng.choice(list(PHRASES)), split) for aspect in others]
-    if label != "unmentioned":
-        sentences.append(sentence(rng, asked, label, split))
+    label = rng.choice(list(PHRASES))
+    opinions = dict.fromkeys(opinion(rng, label, split) for _ in range(rng.randint(1, 2)))  # the same twice is once
+    sentences = [*rng.sample(FACTS, rng.randint(0, 2)), *opinions]
     rng.shuffle(sentences)
-    return f"Review: {' '.join(sentences)}\nAspect: {asked}", label
+    return f"Review: {' '.join(sentences)}", label
 
 
 TASK = Task(
     name="sentiment",
-    title="sentiment of an aspect → one word",
-    instruction=(
-        "How does the reviewer feel about the aspect? "
-        "Reply with one word: furious, annoyed, neutral, pleased, delighted or unmentioned."
-    ),
+    title="sentiment → one word",
+    instruction=("How does the customer feel? Reply with one word: furious, annoyed, neutral, pleased or delighted."),
     draw=draw,
     max_new_tokens=8,
 )

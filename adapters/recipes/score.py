@@ -193,7 +193,7 @@ def main(
             )
         except LoramuxError as error:
             bar.stop()
-            err.print(f"error: {error}", markup=False)
+            err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(2) from None
     err.print(table(scores, ADAPTERS))
     ok = all(it.good for it in scores)

@@ -132,7 +132,7 @@ def train(task: Task, recipe: Recipe, seed: int = 0) -> PeftModel:
     with progress() as bar:
         line = bar.add_task(task.name, total=steps, note="")
         mean = None
-        for rows in batches(task, recipe, codec, seed):
+        for step, rows in enumerate(batches(task, recipe, codec, seed), 1):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(model.get_base_model(), rows, codec.end)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -141,7 +141,9 @@ def train(task: Task, recipe: Recipe, seed: int = 0) -> PeftModel:
             schedule.step()
             optimizer.zero_grad()
             mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
-            bar.update(line, advance=1, note=f"loss {mean:.4f}")
+            bar.update(line, completed=step, note=f"loss {mean:.4f}")
+            if step % 50 == 0 and not err.is_terminal:  # a bar shows on a terminal only
+                err.print(f"{task.name}: step {step} of {steps}, loss {mean:.4f}")
     return model
 
 
@@ -170,7 +172,8 @@ def save(model: PeftModel, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = TITLE
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
+        # "auto" would ask the hub whether the vocabulary has grown.
+        model.save_pretrained(scratch, save_embedding_layers=False)
         shutil.copyfile(f"{scratch}/adapter_model.safetensors", folder / "adapter_model.safetensors")
         config = json.loads(Path(scratch, "adapter_config.json").read_text())
     config["target_modules"].sort()  # PEFT writes a set, in an order of the day

@@ -29,8 +29,7 @@ from loadtest.soak import Soak, SoakSpec
 from loadtest.trend import MIB
 from loadtest.verdict import SoakLog
 
-CYCLES = 10_000
-LEAK_CYCLES = 600
+DEFAULTS = SoakSpec()
 LEAK_VARIABLE = "LORAMUX_TEST_LEAK"
 VARIANTS = 4
 KV_MEMORY = "128MiB"  # small: memory that the prefix cache fills for the first time must not look like a leak
@@ -49,21 +48,17 @@ def soak(
         bool, typer.Option("--serve", help="Start `loramux serve` for the soak, on free ports.")
     ] = False,
     model: ModelOption = "smollm2",
-    cycles: Annotated[
-        int | None,
-        typer.Option(min=1, help=f"Loads, and as many unloads. [default: {CYCLES}; {LEAK_CYCLES} with --seed-leak]"),
-    ] = None,
-    churn: Annotated[int, typer.Option(min=1, help="Adapters loaded and unloaded at once.")] = 4,
-    concurrency: Annotated[int, typer.Option(min=0, help="Requests of the traffic at once.")] = 6,
-    residents: Annotated[int, typer.Option(min=0, help="Adapters that stay, under traffic.")] = 3,
+    cycles: Annotated[int, typer.Option(min=1, help="Loads, and as many unloads.")] = DEFAULTS.cycles,
+    churn: Annotated[int, typer.Option(min=1, help="Adapters loaded and unloaded at once.")] = DEFAULTS.churn,
+    concurrency: Annotated[int, typer.Option(min=0, help="Requests of the traffic at once.")] = DEFAULTS.concurrency,
+    residents: Annotated[int, typer.Option(min=0, help="Adapters that stay, under traffic.")] = DEFAULTS.residents,
     seed_leak: Annotated[
         bool, typer.Option(help="With --serve: let the server leak on purpose. The soak must then fail.")
     ] = False,
     seed: SeedOption = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Load and unload adapters by the thousand under traffic; fail if anything fails or anything is left
-    behind.
+    """Load and unload adapters by the thousand under traffic; fail if anything fails or is left behind.
 
     Examples:
 
@@ -76,7 +71,7 @@ def soak(
     if not own_server and adapter_dir is None:
         raise typer.BadParameter("give --serve, or --adapter-dir: a folder under a root that the server allows")
     spec = SoakSpec(
-        cycles=cycles or (LEAK_CYCLES if seed_leak else CYCLES),
+        cycles=cycles,
         churn=churn,
         concurrency=concurrency,
         residents=residents,

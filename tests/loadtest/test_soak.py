@@ -16,8 +16,9 @@ from loadtest.watch import parse_metrics
 from tests.loadtest.fakes import Behaviour, FakeServer, serving
 
 SPEC = SoakSpec(
-    cycles=160,
+    cycles=96,
     churn=4,
+    request_every=4,
     concurrency=2,
     residents=2,
     output_len=3,
@@ -37,20 +38,20 @@ async def test_a_sound_server_passes() -> None:
     summary, fake = await soak(Behaviour())
     assert summary["problems"] == []
     assert summary["verdict"] == "pass"
-    assert summary["cycles"] == 160
-    # 160 cycles, one replacement in 16 of them, and the residents.
-    assert summary["loads"] == fake.loads == 160 + 10 + 2
-    assert summary["unloads"] == fake.unloads == 160 + 2
+    assert summary["cycles"] == 96
+    # Every cycle, one replacement in 16 of them, and the residents.
+    assert summary["loads"] == fake.loads == 96 + 6 + 2
+    assert summary["unloads"] == fake.unloads == 96 + 2
     assert fake.loaded == {}
-    assert summary["completed"] > 40
+    assert summary["completed"] > 24  # those of the churn alone
     assert {"", "soak-r0", "soak-c0", "soak-c3"} <= fake.used.keys()
 
 
 async def test_adapters_are_unloaded_while_requests_use_them() -> None:
     """A soak that unloads only idle adapters never sees a drain, where leases go wrong."""
     summary, fake = await soak(Behaviour())
-    assert fake.unloaded_in_use >= 20
-    assert summary["unloads_in_use"] >= 20
+    assert fake.unloaded_in_use >= 12
+    assert summary["unloads_in_use"] >= 12
 
 
 async def test_clients_that_go_away_are_no_failures() -> None:
