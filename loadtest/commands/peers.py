@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from enum import StrEnum
 from pathlib import Path
 from statistics import median
@@ -46,6 +47,9 @@ Weights = Annotated[
 ]
 
 
+Threads = Annotated[int | None, typer.Option(min=1, help="PEFT's CPU threads. [default: torch's choice]")]
+
+
 def peft(
     adapter_dir: AdapterDir,
     model: ModelOption = "smollm2",
@@ -55,6 +59,7 @@ def peft(
     output_len: OutputLen = 64,
     runs: Runs = 3,
     weights: Weights = BaseWeights.fastest,
+    threads: Threads = None,
     seed: SeedOption = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -65,8 +70,9 @@ def peft(
     `python -m loadtest peers peft --adapter-dir /tmp/adapters --adapters 16 --concurrency 16`
     """
     folders = adapter_folders(adapter_dir)[:adapters]
+    load = warn_if_busy()
     err.print("building PEFT models …")
-    peer = build(model, folders, weights.value, concurrency=concurrency, prompt_len=prompt_len)
+    peer = build(model, folders, weights.value, concurrency=concurrency, prompt_len=prompt_len, threads=threads)
     rates = []
     with progress() as bar:
         task = bar.add_task(f"PEFT, {peer.weights}", total=runs, note="")
@@ -74,7 +80,7 @@ def peft(
             workload = one_batch(concurrency, prompt_len, output_len, peer.vocab_size, seed + i)
             rates.append(peer_rate(peer, workload))
             bar.update(task, advance=1, note=f"{rates[-1]:,.1f} tokens/s")
-    emit(peer_fields(peer, rates, concurrency), json_file)
+    emit({**peer_fields(peer, rates, concurrency), "load_before": load}, json_file)
 
 
 def compare(
@@ -88,6 +94,7 @@ def compare(
     output_len: OutputLen = 64,
     runs: Runs = 3,
     weights: Weights = BaseWeights.fastest,
+    threads: Threads = None,
     seed: SeedOption = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -98,8 +105,9 @@ def compare(
     `python -m loadtest compare --adapter-dir /tmp/adapters --adapters 16 --concurrency 16`
     """
     folders = adapter_folders(adapter_dir)[:adapters]
+    load = warn_if_busy()
     err.print("building PEFT models …")
-    peer = build(model, folders, weights.value, concurrency=concurrency, prompt_len=prompt_len)
+    peer = build(model, folders, weights.value, concurrency=concurrency, prompt_len=prompt_len, threads=threads)
 
     async def go() -> tuple[list[dict[str, Any]], list[float]]:
         ours: list[dict[str, Any]] = []
@@ -121,8 +129,9 @@ def compare(
     runs_of_ours, rates = asyncio.run(go())
     ours = median_run(runs_of_ours)
     theirs = peer_fields(peer, rates, concurrency)
+    ratio = ours["output_throughput"] / theirs["output_throughput"]
     show_comparison(ours, theirs)
-    emit({**ours, "peft": theirs, "ratio": ours["output_throughput"] / theirs["output_throughput"]}, json_file)
+    emit({**ours, "peft": theirs, "ratio": ratio, "load_before": load}, json_file)
     if ours["failed"]:
         raise typer.Exit(1)
 
@@ -160,3 +169,14 @@ def median_run(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "failed": sum(summary["failed"] for summary in summaries),
         "output_throughput_runs": [round(summary["output_throughput"], 1) for summary in summaries],
     }
+
+
+def warn_if_busy() -> float:
+    """Return the machine's load of the last minute, and say so if others use it.
+
+    PEFT's threads wait for each other at every layer: with one core of two taken, it ran 20 times slower, ours twice.
+    """
+    load = os.getloadavg()[0]
+    if load > 0.25 * (os.cpu_count() or 1):
+        err.print(f"[yellow]The load of this machine is {load:.1f}: figures taken now flatter whoever waits less.")
+    return load

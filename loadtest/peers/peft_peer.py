@@ -76,9 +76,19 @@ class PeftPeer:
 
 
 def build(
-    model: str, adapters: Sequence[Path], weights: Weights | Literal["fastest"], *, concurrency: int, prompt_len: int
+    model: str,
+    adapters: Sequence[Path],
+    weights: Weights | Literal["fastest"],
+    *,
+    concurrency: int,
+    prompt_len: int,
+    threads: int | None = None,
 ) -> PeftPeer:
     """Build a peer and warm it up; "fastest" times both kinds on a short batch and keeps the faster."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
     best: tuple[float, PeftPeer] | None = None
     for kind in WEIGHTS if weights == "fastest" else (weights,):
         peer = PeftPeer(load_base(model), adapters, kind)

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from adapters.recipes.score import ADAPTER_FLOOR, BASE_CEILING, score
-
 from loramux.demo import serving
+
+from adapters.recipes.score import ADAPTER_FLOOR, BASE_CEILING, score
 
 ROOT = Path(__file__).parent.parent.parent / "adapters"
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/adapter_config.json"))

@@ -32,7 +32,7 @@ def cuda() -> torch.device:
 
 @pytest.fixture(scope="module")
 def backend(cuda: torch.device) -> Backend:
-    return select_backend(cuda)
+    return select_backend(cuda, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 80), (256, 4096)])

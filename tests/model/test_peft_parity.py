@@ -149,9 +149,13 @@ def test_greedy_tokens_equal_pefts(setting: Setting) -> None:
 
 
 def test_bfloat16_stays_within_the_spread_of_pefts_own(setting: Setting) -> None:
+    """Rounding is chaotic in a random model: one adapter's error may be double another's of the same accuracy. So each
+    is held to twice PEFT's own, and all of them together to a quarter above."""
     got = mixed_logits(setting, "bf16")
+    ours, theirs = {}, {}
     for name, folder in setting.adapters.items():
         base = dequantized_model(str(setting.base), dtype=torch.bfloat16)
-        theirs = relative(all_logits(PeftModel.from_pretrained(base, folder).eval()), setting.logits[name])
-        ours = relative(got[name], setting.logits[name])
-        assert ours < 1.5 * theirs + 1e-3, f"{name}: {ours:.2g} against PEFT's {theirs:.2g}"
+        theirs[name] = relative(all_logits(PeftModel.from_pretrained(base, folder).eval()), setting.logits[name])
+        ours[name] = relative(got[name], setting.logits[name])
+        assert ours[name] < 2 * theirs[name], f"{name}: {ours[name]:.2g} against PEFT's {theirs[name]:.2g}"
+    assert sum(ours.values()) < 1.25 * sum(theirs.values())

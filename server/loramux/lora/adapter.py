@@ -5,9 +5,8 @@ Knows tensors; not files, names or requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from loramux.errors import InvalidAdapter
 from loramux.lora.layout import ALIGN_BYTES, Factors, Layout, Offsets, lay_out
 from loramux.lora.peft_files import AdapterFiles, all_finite
-from loramux.ops.segment import LoraWeights
+from loramux.ops.segment import AdapterWeights, LoraWeights
 from loramux.ops.site import Site
 
 
@@ -30,7 +29,7 @@ class Adapter:
     """
 
     buffer: Tensor
-    weights: Mapping[int, LoraWeights]
+    weights: AdapterWeights
     offsets: Tensor
     ranks: Tensor
     digest: str
@@ -76,9 +75,10 @@ class Adapter:
             raise _overflow(files, layout, host)
         buffer = host.to(device)
         assert buffer.data_ptr() % ALIGN_BYTES == 0, "torch allocates at 64-byte boundaries"
-        weights = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
+        views = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
+        weights = AdapterWeights(buffer, offsets, ranks, views)
         targets = tuple(sorted({f.site.name.rpartition(".")[2] for f in files.factors}))
-        return cls(buffer, MappingProxyType(weights), offsets, ranks, files.digest, targets)
+        return cls(buffer, weights, offsets, ranks, files.digest, targets)
 
 
 def _views(buffer: Tensor, at: Offsets, rank: int, site: Site) -> LoraWeights:

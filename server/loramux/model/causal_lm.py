@@ -65,15 +65,17 @@ class CausalLM:
         self.block_size = 0
         self.num_kv_blocks = 0
         config = skeleton.config
-        nf4 = [m.part.weight for m in linears if m.part is not None]
-        dense = list(skeleton.parameters()) + [m.part.bias for m in linears if m.part and m.part.bias is not None]
+        groups = {id(m.group): m.group for m in linears if m.group is not None}.values()
+        dense = list(skeleton.parameters())
+        quantized = sum(group.linear.numel for group in groups)
+        biases = sum(m.out_features for m in linears if m.has_bias)
         self.facts = ModelFacts(
             name=name,
             architecture=type(skeleton).__name__,
-            parameters=sum(w.numel for w in nf4) + sum(p.numel() for p in dense),
-            quantized_parameters=sum(w.numel for w in nf4),
-            nf4_bytes=sum(w.nbytes for w in nf4),
-            dense_bytes=sum(p.numel() * p.element_size() for p in dense),
+            parameters=quantized + biases + sum(p.numel() for p in dense),
+            quantized_parameters=quantized,
+            nf4_bytes=sum(group.linear.nbytes for group in groups),
+            dense_bytes=sum(p.numel() * p.element_size() for p in dense) + sum(group.bias_bytes for group in groups),
             max_context=max_context,
             vocab_size=config.vocab_size,
             layers=config.num_hidden_layers,
@@ -127,7 +129,7 @@ class CausalLM:
     @contextmanager
     def _running(self, inputs: ModelInputs) -> Iterator[None]:
         step = self._step
-        step.segments = inputs.segments
+        step.segments = step.backend.bind(inputs.segments)
         step.batch = PagedBatch(
             slots=inputs.slots.to(self.device),
             query_starts=inputs.query_starts.to(self.device),
@@ -140,7 +142,7 @@ class CausalLM:
             yield
         finally:
             # Adapters must not outlive their leases in here.
-            step.segments, step.batch = (), None
+            step.segments, step.batch = step.backend.bind(()), None
 
     @property
     def attention_calls(self) -> dict[int, int]:

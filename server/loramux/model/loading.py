@@ -66,7 +66,7 @@ def load_model(
         # Only until the KV cache proper is allocated: room for the self-test's first pass.
         return LayerCache.allocate(8, 4, heads, key_dim, value_dim, compute, place)
 
-    step = Step(backend or select_backend(place), make_cache)
+    step = Step(backend or select_backend(place, compute), make_cache)
     connect(skeleton, linears, step)
     model = CausalLM(
         opened.name,

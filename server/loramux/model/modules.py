@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from loramux.model.step import Step
-from loramux.ops.backend import LinearPart, SiteSegment
+from loramux.ops.backend import LinearPart
 from loramux.ops.site import Site
 
 
@@ -41,11 +41,14 @@ class LinearGroup:
     """
 
     def __init__(self, members: Sequence[SiteLinear], step: Step) -> None:
+        parts = []
         for place, member in enumerate(members):
             assert member.part is not None
-            member.group, member.place = self, place
-        self._parts = tuple(m.part for m in members if m.part is not None)
-        self._sites = tuple(m.site.index for m in members)
+            parts.append(member.part)
+            # From here on the operation owns the weight; it may keep it in another layout of the same size.
+            member.part, member.group, member.place = None, self, place
+        self.linear = step.backend.prepare(parts, [m.site.index for m in members])
+        self.bias_bytes = sum(p.bias.numel() * p.bias.element_size() for p in parts if p.bias is not None)
         self._step = step
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
@@ -53,8 +56,7 @@ class LinearGroup:
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of member `place` for x [..., K]: [..., N] in x's dtype."""
         if self._input is not x or self._outputs[place] is None:
-            rows = x.reshape(-1, x.shape[-1])
-            outputs = self._step.backend.linear(rows, self._parts, self._segments())
+            outputs = self.linear(x.reshape(-1, x.shape[-1]), self._step.segments)
             self._outputs = [y.view(*x.shape[:-1], -1) for y in outputs]
             self._input = x
         y = self._outputs[place]
@@ -63,11 +65,3 @@ class LinearGroup:
         if not any(output is not None for output in self._outputs):
             self._input = None
         return y
-
-    def _segments(self) -> list[SiteSegment]:
-        bound = []
-        for segment in self._step.segments:
-            parts = tuple(map(segment.sites.get, self._sites))
-            if any(part is not None for part in parts):
-                bound.append(SiteSegment(segment.start, segment.stop, segment.weight, parts))
-        return bound

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache, PagedBatch
-from loramux.ops.segment import Segment
 
 
 class Step:
@@ -20,7 +19,7 @@ class Step:
 
     def __init__(self, backend: Backend, make_cache: Callable[[int, int, int], LayerCache]) -> None:
         self.backend = backend
-        self.segments: tuple[Segment, ...] = ()
+        self.segments = backend.bind(())
         self.batch: PagedBatch | None = None
         self.caches: dict[int, LayerCache] = {}
         self.make_cache = make_cache

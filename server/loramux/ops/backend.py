@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loramux.ops.nf4 import NF4Weight
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
-from loramux.ops.segment import LoraWeights
+from loramux.ops.segment import LoraWeights, Segment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,10 +34,36 @@ class SiteSegment:
     parts: tuple[LoraWeights | None, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundSegments:
+    """The segments of one step, prepared once for all linear operations of the step."""
+
+    segments: tuple[Segment, ...]
+
+
+class Linear(ABC):
+    """One linear operation: the parts that share an input (q/k/v, gate/up), ready to run."""
+
+    nbytes: int
+    numel: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
+        """x [T, K] → [T, N_p] for each part, in x's dtype; see `Backend.linear`."""
+
+
 class Backend(ABC):
     """Operations on flat batches: x is [T, features], without padding. Nothing given is written to, but caches."""
 
     name: str
+
+    def prepare(self, parts: Sequence[LinearPart], sites: Sequence[int]) -> Linear:
+        """Take over the weights of `parts`, which are the sites of these indices, for the model's whole life."""
+        return PlainLinear(self, parts, sites)
+
+    def bind(self, segments: tuple[Segment, ...]) -> BoundSegments:
+        """Called once a step, before its linear operations."""
+        return BoundSegments(segments)
 
     @abstractmethod
     def linear(self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]) -> tuple[Tensor, ...]:
@@ -55,3 +81,48 @@ class Backend(ABC):
 
         q [T, H, D], k [T, H_kv, D], v [T, H_kv, D_v], H a multiple of H_kv; returns [T, H, D_v].
         """
+
+
+class PlainLinear(Linear):
+    """Runs `Backend.linear` on the parts as they are."""
+
+    def __init__(self, backend: Backend, parts: Sequence[LinearPart], sites: Sequence[int]) -> None:
+        self._backend = backend
+        self._parts = tuple(parts)
+        self._sites = tuple(sites)
+        self.nbytes = sum(part.weight.nbytes for part in parts)
+        self.numel = sum(part.weight.numel for part in parts)
+
+    def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
+        bound = []
+        for segment in segments.segments:
+            parts = tuple(map(segment.sites.get, self._sites))
+            if any(part is not None for part in parts):
+                bound.append(SiteSegment(segment.start, segment.stop, segment.weight, parts))
+        return self._backend.linear(x, self._parts, bound)
+
+
+class FusedOperations(ABC):
+    """What a backend offers besides, so that a whole decoder layer runs in a few calls. All in bfloat16."""
+
+    @abstractmethod
+    def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """(s, rms_norm(s)·weight) with s = x + residual; all [T, features]. Without residual, s is x itself."""
+
+    @abstractmethod
+    def gate(self, both: Tensor) -> Tensor:
+        """silu(both[:, :N])·both[:, N:] for both [T, 2N]."""
+
+    @abstractmethod
+    def rotary_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        cache: LayerCache,
+        batch: PagedBatch,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """`Backend.attention` of q and k rotated by cosines and sines [T, D] (halves, as transformers rotates)."""

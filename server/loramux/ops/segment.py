@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +19,30 @@ class LoraWeights:
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterWeights(Mapping[int, LoraWeights]):
+    """All factors of one adapter: a mapping site index → LoraWeights, and where they lie, for native kernels.
+
+    buffer   [elements] one allocation in the compute dtype that `views` look into
+    offsets  int64 [n_sites, 3] on the CPU: elements where A, B and bias begin; -1 where there is none
+    ranks    int32 [n_sites] on the CPU: 0 where the adapter leaves the site alone
+    """
+
+    buffer: Tensor
+    offsets: Tensor
+    ranks: Tensor
+    views: Mapping[int, LoraWeights]
+
+    def __getitem__(self, site: int) -> LoraWeights:
+        return self.views[site]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        return len(self.views)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,190 @@
+"""Native operations on the CPU, in bfloat16; whatever they do not take goes to the torch + bitsandbytes path."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loramux.ops.backend import Backend, BoundSegments, FusedOperations, Linear, LinearPart
+from loramux.ops.cpu.build import load_native
+from loramux.ops.cpu.packed import PackedNF4
+from loramux.ops.grouped import GroupedBackend
+from loramux.ops.nf4 import BLOCK_SIZE
+from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
+from loramux.ops.segment import AdapterWeights, Segment
+
+_NONE = torch.empty(0, dtype=torch.bfloat16)
+_NO_SINKS = torch.empty(0, dtype=torch.float32)
+# Below this depth a tile of a dense weight would be read past its row.
+_DENSE_MULTIPLE = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeSegments(BoundSegments):
+    """`table` is int64 [segments, 6]: start, stop, weight's bits, addresses of buffer, offsets and ranks."""
+
+    table: Tensor
+
+
+class NativeLinear(Linear):
+    """Parts in tile order, and their addresses in one tensor (the words of `Part` in linear.h)."""
+
+    def __init__(self, words: list[list[int]], keep: list[object], nbytes: int, numel: int) -> None:
+        self._plan = torch.tensor(words, dtype=torch.int64)
+        self._keep = keep
+        self._bounds = [(row[10], row[10] + row[8]) for row in words]
+        self.width = self._bounds[-1][1]
+        self.nbytes = nbytes
+        self.numel = numel
+
+    def run(self, x: Tensor, segments: BoundSegments) -> Tensor:
+        """x [T, K] → [T, ΣN], the parts side by side."""
+        assert isinstance(segments, NativeSegments)
+        y = x.new_empty(x.shape[0], self.width)
+        torch.ops.loramux_cpu.linear(x, self._plan, segments.table, y)
+        return y
+
+    def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
+        y = self.run(x, segments)
+        return tuple(y[:, begin:end] for begin, end in self._bounds)
+
+
+class NativeBackend(Backend, FusedOperations):
+    """AMX, AVX512 or AVX2, whichever `load_native` finds best. Raises build.Unavailable."""
+
+    def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
+        self.isa = load_native(isa, threads)
+        self.name = f"native {self.isa}"
+        self._fallback = GroupedBackend()
+        self._unbound = NativeSegments((), torch.empty(0, 6, dtype=torch.int64))
+
+    def prepare(self, parts: Sequence[LinearPart], sites: Sequence[int]) -> Linear:
+        if any(part.weight.shape[1] % BLOCK_SIZE for part in parts):
+            return super().prepare(parts, sites)
+        words: list[list[int]] = []
+        keep: list[object] = []
+        nbytes, column = 0, 0
+        for part, site in zip(parts, sites, strict=True):
+            packed = PackedNF4.pack(part.weight)
+            bias = None if part.bias is None else part.bias.float().contiguous()
+            double = packed.table.numel() != 0
+            words.append(
+                [
+                    packed.codes.data_ptr(),
+                    0,
+                    packed.absmax.data_ptr() if double else 0,
+                    0 if double else packed.absmax.data_ptr(),
+                    packed.group_scale.data_ptr(),
+                    packed.table.data_ptr(),
+                    0 if bias is None else bias.data_ptr(),
+                    _bits(packed.offset),
+                    packed.n,
+                    site,
+                    column,
+                ]
+            )
+            keep += [packed, bias]
+            nbytes += packed.nbytes
+            column += packed.n
+        return NativeLinear(words, keep, nbytes, sum(part.weight.numel for part in parts))
+
+    def prepare_dense(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | None:
+        """A dense bfloat16 [N, K] layer that no adapter changes (lm_head); None if it cannot be taken."""
+        if weight.dtype != torch.bfloat16 or weight.shape[1] % _DENSE_MULTIPLE or not weight.is_contiguous():
+            return None
+        held = None if bias is None else bias.float().contiguous()
+        address = 0 if held is None else held.data_ptr()
+        words = [[0, weight.data_ptr(), 0, 0, 0, 0, address, 0, weight.shape[0], -1, 0]]
+        return NativeLinear(words, [weight, held], 0, 0)
+
+    def bind(self, segments: tuple[Segment, ...]) -> BoundSegments:
+        if not segments:
+            return self._unbound
+        rows = []
+        for segment in segments:
+            weights = segment.sites
+            if not isinstance(weights, AdapterWeights):
+                raise TypeError("native kernels read adapters by address; Segment.sites must be AdapterWeights")
+            addresses = (weights.buffer.data_ptr(), weights.offsets.data_ptr(), weights.ranks.data_ptr())
+            rows.append((segment.start, segment.stop, _bits(segment.weight), *addresses))
+        return NativeSegments(segments, torch.tensor(rows, dtype=torch.int64))
+
+    def linear(self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[object]) -> tuple[Tensor, ...]:
+        return self._fallback.linear(x, parts, segments)  # type: ignore[arg-type]
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PagedBatch, shape: AttentionShape
+    ) -> Tensor:
+        if q.dtype != torch.bfloat16:
+            return self._fallback.attention(q, k, v, cache, batch, shape)
+        return self._attend(_dense_heads(q), _dense_heads(k), _dense_heads(v), _NONE, _NONE, cache, batch, shape)
+
+    def rotary_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        cache: LayerCache,
+        batch: PagedBatch,
+        shape: AttentionShape,
+    ) -> Tensor:
+        return self._attend(q, k, v, cosines, sines, cache, batch, shape)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        cache: LayerCache,
+        batch: PagedBatch,
+        shape: AttentionShape,
+    ) -> Tensor:
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        torch.ops.loramux_cpu.attention(
+            q,
+            k,
+            v,
+            cosines,
+            sines,
+            cache.keys,
+            cache.values,
+            batch.slots,
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            _NO_SINKS if shape.sinks is None else shape.sinks.float(),
+            out,
+            shape.scaling,
+            shape.softcap or 0.0,
+            shape.sliding_window or 0,
+        )
+        return out
+
+    def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        torch.ops.loramux_cpu.norm(x, _NONE if residual is None else residual, weight, epsilon, total, y)
+        return total, y
+
+    def gate(self, both: Tensor) -> Tensor:
+        y = both.new_empty(both.shape[0], both.shape[1] // 2)
+        torch.ops.loramux_cpu.gate(both, y)
+        return y
+
+
+def _dense_heads(t: Tensor) -> Tensor:
+    return t if t.stride(1) == t.shape[2] and t.stride(2) == 1 else t.contiguous()
+
+
+def _bits(value: float) -> int:
+    """A float32's bits, as the kernels read it from an int64 word."""
+    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
+    return bits

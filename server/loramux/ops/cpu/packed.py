@@ -1,0 +1,74 @@
+"""NF4 in the order in which the native kernels read it: the same bits, by tiles. The layout stands in linear.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loramux.ops.nf4 import BLOCK_SIZE, NF4Weight
+
+TILE = 16
+# The kernel reads the scales of sixteen groups at a time.
+_SLACK = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedNF4:
+    """An NF4 weight [n, k] in tile order; rows are padded to a multiple of 16.
+
+    codes        uint8 [tiles, k/64, 16, 32]
+    absmax       uint8 (float32 without double quantization) [tiles, k/64, 16]
+    group_scale  float32 [groups + 16], empty without double quantization
+    table        float32 [256], shared by all weights; empty without double quantization
+    """
+
+    n: int
+    k: int
+    codes: Tensor
+    absmax: Tensor
+    group_scale: Tensor
+    table: Tensor
+    offset: float
+
+    @classmethod
+    def pack(cls, weight: NF4Weight) -> PackedNF4:
+        """Reorder `weight`; k must be a multiple of 64."""
+        n, k = weight.shape
+        assert k % BLOCK_SIZE == 0
+        tiles, blocks = -(-n // TILE), k // BLOCK_SIZE
+        pairs = weight.codes.view(n, k // 2)
+        codes = torch.zeros(tiles * TILE, k, dtype=torch.uint8)
+        codes[:n] = torch.stack((pairs >> 4, pairs & 15), dim=-1).view(n, k)
+        halves = codes.view(tiles, TILE, blocks, 2, BLOCK_SIZE // 2).permute(0, 2, 1, 3, 4)
+        absmax = torch.zeros(tiles * TILE, blocks, dtype=weight.absmax.dtype)
+        absmax[:n] = weight.absmax.view(n, blocks)
+        double = weight.nested_absmax is not None
+        return cls(
+            n=n,
+            k=k,
+            codes=((halves[..., 0, :] << 4) | halves[..., 1, :]).contiguous(),
+            absmax=absmax.view(tiles, TILE, blocks).permute(0, 2, 1).contiguous(),
+            group_scale=_padded(weight.nested_absmax) if weight.nested_absmax is not None else torch.empty(0),
+            table=_shared_table(weight.nested_table) if weight.nested_table is not None else torch.empty(0),
+            offset=float(weight.offset) if double and weight.offset is not None else 0.0,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that grow with the weight."""
+        return self.codes.numel() + self.absmax.numel() * self.absmax.element_size() + self.group_scale.numel() * 4
+
+
+def _padded(scales: Tensor) -> Tensor:
+    return torch.cat((scales, scales.new_zeros(_SLACK)))
+
+
+_tables: dict[bytes, Tensor] = {}
+
+
+def _shared_table(table: Tensor) -> Tensor:
+    """One copy of each distinct table: bitsandbytes gives every weight its own, and the kernel looks into it all the
+    time."""
+    return _tables.setdefault(table.numpy().tobytes(), table.contiguous())
