@@ -32,6 +32,7 @@ from .tasks import TASKS
 ADAPTERS = Path(__file__).parent.parent
 ADAPTER_FLOOR, BASE_CEILING = 0.90, 0.20
 BASE = ""
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 TIMEOUT = 600.0
 err = Console(stderr=True)
 
@@ -140,13 +141,15 @@ def share(outcomes: Iterable[bool]) -> float:
 def table(scores: Sequence[Score], adapters: Path) -> Table:
     """Scores beside what each adapter is, as its folder says."""
     shown = Table(title="exact match on held-out cases, through the server", title_justify="left")
-    for column in ("adapter", "r", "targets", "size", "cases", "mixed batch", "alone", "same as alone", "base"):
-        shown.add_column(column, justify="left" if column in ("adapter", "targets") else "right")
+    shown.caption = "mixed: all adapters and the base in one batch; same: answers alone as in the mixed batch"
+    for column in ("adapter", "r", "targets", "MB", "cases", "mixed", "alone", "same", "base"):
+        left = column in ("adapter", "r", "targets")
+        shown.add_column(column, justify="left" if left else "right", no_wrap=column != "targets")
     for it in scores:
         config = json.loads((adapters / it.task / "adapter_config.json").read_text())
         size = (adapters / it.task / "adapter_model.safetensors").stat().st_size
         shares = [f"{value:.0%}" if value is not None else "–" for value in (it.mixed, it.alone, it.same, it.base)]
-        cells = [it.task, ranks(config), targets(config), f"{size / 1e6:.2f} MB", str(it.cases), *shares]
+        cells = [it.task, ranks(config), targets(config), f"{size / 1e6:.2f}", str(it.cases), *shares]
         shown.add_row(*cells, style="" if it.good else "red")
     return shown
 
@@ -158,10 +161,10 @@ def ranks(config: dict[str, Any]) -> str:
 
 
 def targets(config: dict[str, Any]) -> str:
-    """The targets, shortened: q k v o."""
+    """The targets in the order of a layer, shortened: q k v o."""
+    found = [name for name in LINEARS if f"{name}_proj" in config["target_modules"]]
     layers = config["layers_to_transform"]
-    part = f", layers {min(layers)} to {max(layers)}" if layers else ""
-    return " ".join(name.removesuffix("_proj") for name in config["target_modules"]) + part
+    return " ".join(found) + (f" of {min(layers)}–{max(layers)}" if layers else "")
 
 
 def main(
