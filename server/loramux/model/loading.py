@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from loramux.errors import StartupError, UnsupportedModel
 from loramux.model.attention import NAME as ATTENTION
 from loramux.model.causal_lm import CausalLM
+from loramux.model.fused import fuse
 from loramux.model.selftest import prove_flat
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
@@ -68,6 +69,7 @@ def load_model(
 
     step = Step(backend or select_backend(place, compute), make_cache)
     connect(skeleton, linears, step)
+    fuse(skeleton, step)
     model = CausalLM(
         opened.name,
         skeleton,

@@ -38,6 +38,7 @@ class NativeLinear(Linear):
         self._keep = keep
         self._bounds = [(row[10], row[10] + row[8]) for row in words]
         self.width = self._bounds[-1][1]
+        self.parts = len(words)
         self.nbytes = nbytes
         self.numel = numel
 

@@ -27,15 +27,16 @@ KERNELS = ("linear", "attention", "elementwise")
 # Instruction sets in rising order; a library built here runs on every x86-64 machine that has the first.
 ISAS = {
     "avx2": ("-march=haswell",),
-    "avx512": ("-march=icelake-server", "-mavx512bf16"),
-    "amx": ("-march=sapphirerapids",),
+    "avx512": ("-march=icelake-server", "-mavx512bf16", "-mprefer-vector-width=512"),
+    "amx": ("-march=sapphirerapids", "-mprefer-vector-width=512"),
 }
 _NEEDS = {
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vbmi"},
     "amx": {"amx_tile", "amx_bf16", "avx512_bf16", "avx512_fp16"},
 }
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-w")
+# Floating-point comparisons may become selects, or no loop with one vectorizes. Sums keep their order.
+_FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden", "-w")
 
 
 class Unavailable(Exception):

@@ -153,18 +153,18 @@ void down(const Job& job, const Branch& branch, int64_t row_tile, int64_t rank0,
   store(0, 0, sums);
   bf16* high = branch.h + ((row_tile - branch.first_tile) * 2 * branch.depth() + rank0 / kDepth) * kElements;
   bf16* low = high + branch.depth() * kElements;
-  const int first_pair = (rank0 % kDepth) / 2;
-  for (int pair = 0; pair < kTile / 2; ++pair) {
-    for (int row = 0; row < kTile; ++row) {
-      const int64_t m = row_tile * kTile + row;
-      const bool inside = m >= branch.start && m < branch.stop;
-      const int64_t at = ((first_pair + pair) * kTile + row) * 2;
-      // Ranks past the last are rows of zeros in the tile; rows of other requests get exact zeros.
-      for (int i = 0; i < 2; ++i) {
-        const float value = inside ? branch.weight * sums[(2 * pair + i) * kTile + row] : 0.0f;
-        high[at + i] = to_bf16(value);
-        low[at + i] = to_bf16(value - to_float(high[at + i]));
-      }
+  // Ranks past the last are rows of zeros in the tile; rows of other requests get exact zeros.
+  const int64_t half = (rank0 % kDepth) / 2 * kTile * 2;
+  std::memset(high + half, 0, kElements / 2 * sizeof(bf16));
+  std::memset(low + half, 0, kElements / 2 * sizeof(bf16));
+  const int64_t row0 = std::max<int64_t>(branch.start - row_tile * kTile, 0);
+  const int64_t row1 = std::min<int64_t>(branch.stop - row_tile * kTile, kTile);
+  for (int rank = 0; rank < kTile; ++rank) {
+    const int64_t at = half + (rank / 2) * kTile * 2 + rank % 2;
+    for (int64_t row = row0; row < row1; ++row) {
+      const float value = branch.weight * sums[rank * kTile + row];
+      high[at + 2 * row] = to_bf16(value);
+      low[at + 2 * row] = to_bf16(value - to_float(high[at + 2 * row]));
     }
   }
   if (ranks + rank0 == branch.rank && (rank0 % kDepth) == 0) {

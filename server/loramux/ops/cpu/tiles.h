@@ -33,8 +33,9 @@ inline float to_float(bf16 value) {
 inline bf16 to_bf16(float value) {  // round to nearest even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((bits >> 16) | 0x40);
-  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  // Both are computed and one is chosen, so that loops over this vectorize.
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  return static_cast<bf16>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 // Grow-only, 64-byte aligned memory of one thread.
