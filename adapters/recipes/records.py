@@ -33,13 +33,13 @@ CITIES = words(
     "Austin Toronto Montreal Lima Bogotá Santiago Nairobi Lagos Accra Cairo Tunis Mumbai Delhi Hanoi Osaka Kyoto "
     "Seoul Sydney Perth"
 )
-GOODS = (
-    *words("wardrobe bookshelf armchair kettle blanket hose helmet thermos jacket grinder clock mirror towel doormat"),
-    *("desk lamp", "office chair", "oak table", "bread knife", "phone case", "yoga mat", "picture frame", "travel mug"),
-    *("laptop stand", "paper shredder", "water filter", "cast iron pan", "soup bowl", "chess set", "camping stove"),
-    *("sleeping bag", "shoe rack", "ink cartridge", "usb cable", "desk fan", "glass vase", "pepper mill", "tool box"),
-    *("paint roller", "ski goggles", "tennis racket", "hiking boots", "leather belt", "garden fork", "rain barrel"),
-)
+GOODS = [
+    f"{a} {b}"
+    for a in words(
+        "oak steel glass red folding garden travel pocket kitchen antique woollen leather bamboo yellow rubber"
+    )
+    for b in words("table lamp chair kettle blanket mirror clock basket vase stool tray bench brush ladder cushion jug")
+]
 TITLES = [
     f"The {a} {b}"
     for a in words("Silent Last Hidden Golden Broken Paper Winter Northern Crooked Distant Burning Blue Forgotten")
@@ -137,7 +137,7 @@ KINDS: tuple[tuple[Field, ...], ...] = (
         Field(
             "available",
             ("Available", "On the shelf", "In stock"),
-            ("is on the shelf", "can be borrowed", "is on loan", "cannot be borrowed"),
+            ("is on the shelf", "can be borrowed", "is out on loan", "cannot be borrowed"),
             coin,
         ),
     ),

@@ -50,7 +50,7 @@ class Recipe:
 # Between them: small and larger ranks, an odd one, attention only and with the MLP, rsLoRA, half of the layers, and
 # ranks and alphas that differ between modules.
 RECIPES: dict[str, Recipe] = {
-    "json": Recipe({"r": 6, "lora_alpha": 12, "target_modules": ATTENTION}),
+    "json": Recipe({"r": 6, "lora_alpha": 12, "target_modules": ATTENTION}, examples=4000),
     "sql": Recipe(
         {
             "r": 4,
