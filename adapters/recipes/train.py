@@ -135,7 +135,7 @@ def train(task: Task, recipe: Recipe, seed: int = 0) -> PeftModel:
         for step, rows in enumerate(batches(task, recipe, codec, seed), 1):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(model.get_base_model(), rows, codec.end)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

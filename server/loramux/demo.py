@@ -135,6 +135,12 @@ async def _one(client: AsyncClient, case: Case) -> Answer:
     return Answer(case, text, tokens, first, time.monotonic() - started)
 
 
+def _last_line(prompt: str) -> str:
+    """The part of a prompt that tells it from its neighbours: instructions come first, the case last."""
+    line = prompt.strip().splitlines()[-1]
+    return line if len(line) <= 120 else line[:119] + "…"
+
+
 def _table(answers: list[Answer]) -> Table:
     table = Table(show_lines=True)
     table.add_column("adapter", style="bold")
@@ -147,5 +153,6 @@ def _table(answers: list[Answer]) -> Table:
         mark = "" if a.case.expected is None else "✓" if a.text.strip() == a.case.expected else "✗"
         rate = a.tokens / a.seconds if a.seconds else 0.0
         name = a.case.adapter or "(base)"
-        table.add_row(name, a.case.prompt, a.text.strip(), mark, f"{a.first_token * 1e3:.0f} ms", f"{rate:.1f}")
+        prompt = _last_line(a.case.prompt)
+        table.add_row(name, prompt, a.text.strip(), mark, f"{a.first_token * 1e3:.0f} ms", f"{rate:.1f}")
     return table

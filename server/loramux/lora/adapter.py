@@ -75,8 +75,8 @@ class Adapter:
             raise _overflow(files, layout, host)
         buffer = host.to(device)
         assert buffer.data_ptr() % ALIGN_BYTES == 0, "torch allocates at 64-byte boundaries"
-        views = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
-        weights = AdapterWeights(buffer, offsets, ranks, views)
+        factors = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
+        weights = AdapterWeights(buffer, offsets, ranks, factors)
         targets = tuple(sorted({f.site.name.rpartition(".")[2] for f in files.factors}))
         return cls(buffer, weights, offsets, ranks, files.digest, targets)
 

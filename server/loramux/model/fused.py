@@ -38,9 +38,11 @@ class FusedNorm(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """A Llama-shaped decoder layer. Holds the original as `layer`, so that its weights stay where they were named."""
+    """A Llama-shaped decoder layer. Holds the original as `layer`, which keeps its weights."""
 
-    def __init__(self, layer: Any, step: Step, backend: NativeBackend, qkv: NativeLinear, gate_up: NativeLinear) -> None:
+    def __init__(
+        self, layer: Any, step: Step, backend: NativeBackend, qkv: NativeLinear, gate_up: NativeLinear
+    ) -> None:
         super().__init__()
         self.layer = layer
         attention = layer.self_attn
@@ -149,5 +151,3 @@ def _native(module: object, members: int = 1) -> NativeLinear | None:
         return None
     linear = module.group.linear
     return linear if isinstance(linear, NativeLinear) and linear.parts == members else None
-
-
