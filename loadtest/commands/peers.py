@@ -174,7 +174,7 @@ def median_run(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 def warn_if_busy() -> float:
     """Return the machine's load of the last minute, and say so if others use it.
 
-    PEFT's threads wait for each other at every layer: with one core of two taken, it ran 20 times slower, ours twice.
+    PEFT's threads wait for each other at every layer, so one busy core slows it far more than it slows the server.
     """
     load = os.getloadavg()[0]
     if load > 0.25 * (os.cpu_count() or 1):

@@ -101,6 +101,12 @@ inline void block_scales(const Part& part, int64_t tile, int64_t block, int64_t 
 
 #endif
 
+// Weights are read once, in order, from memory: asking for them early is worth more than anything else here. Past the
+// end this is harmless.
+inline __attribute__((always_inline)) void prefetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
 // `rows` rows of `elements` values each, `stride` elements apart, as a full tile; the rest is zero.
@@ -140,6 +146,7 @@ void down(const Job& job, const Branch& branch, int64_t row_tile, int64_t rank0,
   const int64_t ranks = std::min<int64_t>(kTile, branch.rank - rank0);
   const bf16* x = job.x + row_tile * job.depth * kElements;
   const bf16* a = branch.a + rank0 * c.k;
+  prefetch(a, ranks * c.k * static_cast<int64_t>(sizeof(bf16)));
   clear();
   for (int64_t d = 0; d < job.depth; ++d) {
     if (ranks == kTile) {
@@ -192,6 +199,7 @@ void up(const Job& job, int64_t p, int64_t n, int64_t tile0, int64_t m0, const b
       // A tile reads 32 columns; past the rank those are the next row's, and meet zeros in h. Only where there is no
       // next row must the tile be copied.
       if ((tile0 + N) * kTile <= n - (columns < kDepth ? 2 : 0)) {
+        if (d == 0) prefetch(b + N * kTile * branch.rank, N * kTile * branch.rank * static_cast<int64_t>(sizeof(bf16)));
         multiply<N, M>(b, b + kTile * branch.rank, branch.rank * sizeof(bf16), high[0], high[1]);
         multiply<N, M>(b, b + kTile * branch.rank, branch.rank * sizeof(bf16), low[0], low[1]);
       } else {
@@ -250,8 +258,8 @@ void outputs(const Job& job, int64_t p, int64_t tile0, bf16* expanded, bf16* sta
       const int64_t at = (tile0 + t) * blocks + block;
       block_scales(part, tile0 + t, block, blocks, scale);
       expand(part.codes + at * kTile * 32, scale, to + t * tile_distance);
-      for (int line = 0; line < 8; ++line)
-        __builtin_prefetch(part.codes + (at + 5) * kTile * 32 + line * 64);
+      // The same place in the tiles that come next: a row of tiles ahead is some hundred nanoseconds ahead.
+      prefetch(part.codes + (at + N * blocks) * kTile * 32, kTile * 32);
     }
   };
   if (!dense && resident)
@@ -271,6 +279,7 @@ void outputs(const Job& job, int64_t p, int64_t tile0, bf16* expanded, bf16* sta
       const bf16* w = part.dense + tile0 * kTile * c.k;
       for (int64_t d = 0; d < job.depth; ++d) {
         if (whole) {
+          for (int row = 0; row < N * kTile; ++row) prefetch(w + (N * kTile + row) * c.k + d * kDepth, 64);
           step(w + d * kDepth, w + kTile * c.k + d * kDepth, c.k * sizeof(bf16), d);
         } else {
           for (int t = 0; t < N; ++t)
