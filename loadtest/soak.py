@@ -18,9 +18,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from loadtest.watch import RESIDENT_METRIC, resident_bytes, scrape
 
 MAX_FAILURES = 100
 NAN = float("nan")
+SAMPLES = 200
 COUNTED_METRICS = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -43,7 +45,11 @@ COUNTED_METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class SoakSpec:
-    """How hard and how long. One cycle is one load and one unload; a replacement is one more of each."""
+    """How hard and how long. One cycle is one load and one unload; a replacement is one more of each.
+
+    Memory is sampled every `cycles / SAMPLES` cycles, so that a short or a fast run can be judged as well as a long
+    one, and every `sample_interval` seconds, so that a server that stands still is watched too.
+    """
 
     cycles: int = 10_000
     churn: int = 6
@@ -80,6 +86,7 @@ class Soak:
         self.log = SoakLog()
         self.vocab_size = 0
         self._todo = iter(range(spec.cycles))
+        self._sample_every = max(1, spec.cycles // SAMPLES)
         self._stopping = asyncio.Event()
 
     async def run(self, on_sample: Callable[[SoakLog], None] = lambda log: None) -> dict[str, Any]:
@@ -93,11 +100,12 @@ class Soak:
         before = await self.settled_counts(None)
         residents = {f"soak-r{i}": await self._load(f"soak-r{i}", i) for i in range(self.spec.residents)}
         side = [asyncio.create_task(self._traffic(i, {"": "", **residents})) for i in range(self.spec.concurrency)]
-        side.append(asyncio.create_task(self._sample(begin, on_sample)))
+        take_sample = partial(self._take_sample, begin, on_sample)
+        side.append(asyncio.create_task(self._sample(take_sample)))
         try:
             async with asyncio.TaskGroup() as churn:
                 for i in range(self.spec.churn):
-                    churn.create_task(self._churn(i))
+                    churn.create_task(self._churn(i, take_sample))
         finally:
             self._stopping.set()
             await asyncio.gather(*side)
@@ -136,7 +144,7 @@ class Soak:
             last = current
         return last
 
-    async def _churn(self, worker: int) -> None:
+    async def _churn(self, worker: int, take_sample: Callable[[], Awaitable[None]]) -> None:
         rng = random.Random(f"churn {self.spec.seed} {worker}")
         name = f"soak-c{worker}"
         for cycle in self._todo:
@@ -147,6 +155,8 @@ class Soak:
             except Exception as error:
                 self._fail("cycle", status_of(error))
             self.log.cycles += 1
+            if self.log.cycles % self._sample_every == 0:
+                await take_sample()
 
     async def _cycle(self, name: str, cycle: int, rng: random.Random) -> None:
         uid = await self._load(name, cycle)
@@ -220,19 +230,22 @@ class Soak:
             if started is not None:
                 started.set()
 
-    async def _sample(self, begin: float, on_sample: Callable[[SoakLog], None]) -> None:
+    async def _sample(self, take_sample: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping.is_set():
-            try:
-                resident = await self._resident()
-            except OSError as error:
-                self._stop(f"the server's memory cannot be read any more: {error}")
-                return
-            self.log.samples.append(Sample(time.perf_counter() - begin, self.log.cycles, resident))
-            on_sample(self.log)
-            if resident - self.log.samples[0].resident > self.spec.max_growth:
-                self._stop(f"stopped early: the server grew by more than {self.spec.max_growth / MIB:,.0f} MiB")
+            await take_sample()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self.spec.sample_interval)
+
+    async def _take_sample(self, begin: float, on_sample: Callable[[SoakLog], None]) -> None:
+        try:
+            resident = await self._resident()
+        except OSError as error:
+            self._stop(f"the server's memory cannot be read any more: {error}")
+            return
+        self.log.samples.append(Sample(time.perf_counter() - begin, self.log.cycles, resident))
+        on_sample(self.log)
+        if resident - self.log.samples[0].resident > self.spec.max_growth:
+            self._stop(f"stopped early: the server grew by more than {self.spec.max_growth / MIB:,.0f} MiB")
 
     async def _resident(self) -> int:
         if self.pid is not None:

@@ -8,6 +8,7 @@ that was freed too early gives other text than `expected`, which never saw a blo
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,10 @@ def adapter(name: str, uid: str | None = None) -> FakeAdapter:
 
 @dataclass(eq=False)
 class FakeModel:
-    """See the module's docstring. `steps` keeps (rows, tokens) of each step."""
+    """See the module's docstring. `steps` keeps (rows, tokens) of each step.
+
+    `delay` is the least that a step takes, in seconds: a request of N tokens then lasts N times that on any machine.
+    """
 
     num_kv_blocks: int = 64
     block_size: int = 4
@@ -75,6 +79,7 @@ class FakeModel:
     vocab_size: int = VOCAB
     eos_token_ids: frozenset[int] = frozenset({EOS})
     steps: list[tuple[int, int]] = field(default_factory=list)
+    delay: float = 0.0
     fail_steps: int = 0
     poison: int | None = None  # a sequence whose last token is this one gets NaN logits
 
@@ -85,6 +90,7 @@ class FakeModel:
         if self.fail_steps:
             self.fail_steps -= 1
             raise RuntimeError("seeded fault: a secret of the internals")
+        time.sleep(self.delay)
         tokens, positions, slots = (t.tolist() for t in (inputs.token_ids, inputs.positions, inputs.slots))
         assert len(set(slots)) == len(slots), "two rows write the same slot"
         for i, (token, position, slot) in enumerate(zip(tokens, positions, slots, strict=True)):

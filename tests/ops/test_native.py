@@ -123,9 +123,10 @@ def test_without_double_quantization(native: NativeBackend) -> None:
     assert torch.equal(run(linear, native, torch.eye(64, dtype=BF16), []).T, weight.dequantize(BF16))
 
 
-def test_the_packed_weight_is_no_larger() -> None:
+@pytest.mark.parametrize("vectors", [False, True])
+def test_the_packed_weight_is_no_larger(vectors: bool) -> None:
     weight = NF4Weight.quantize(torch.randn(576, 1536))
-    assert PackedNF4.pack(weight).nbytes * 8 / weight.numel < 4.13
+    assert PackedNF4.pack(weight, vectors=vectors).nbytes * 8 / weight.numel < 4.13
 
 
 def test_an_odd_depth_takes_the_other_path(native: NativeBackend) -> None:

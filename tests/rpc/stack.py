@@ -142,6 +142,12 @@ class Running:
         leases = sum(len(entry.leases) for entry in self.registry.entries())
         return (stats.running, stats.waiting, leases) == (0, 0, 0)
 
+    async def until(self, **counts: int) -> None:
+        """Until the engine's stats have these values; fails after five seconds."""
+        async with asyncio.timeout(5):
+            while any(getattr(self.engine.stats(), name) != value for name, value in counts.items()):
+                await asyncio.sleep(0.001)
+
     async def settle(self) -> None:
         """Until everything is at its baseline again; fails after five seconds."""
         async with asyncio.timeout(5):

@@ -34,7 +34,7 @@ LONG: Any = {"max_new_tokens": 200, "ignore_eos": True}
 
 
 async def test_a_client_that_cancels_stops_the_work(tmp_path: Path) -> None:
-    async with running(tmp_path, adapters=("a",)) as r:
+    async with running(tmp_path, adapters=("a",), model=FakeModel(delay=0.005)) as r:
         stream = r.client.stream("hello", adapter="a", **LONG)
         await anext(stream)
         await anext(stream)
@@ -107,9 +107,10 @@ async def test_a_deadline_stops_the_work(tmp_path: Path) -> None:
 
 async def test_a_deadline_that_passes_in_the_queue(tmp_path: Path) -> None:
     settings = EngineSettings(block_size=4, max_batch_rows=1)
-    async with running(tmp_path, adapters=("a",), engine_settings=settings) as r:
+    model = FakeModel(delay=0.005)
+    async with running(tmp_path, adapters=("a",), engine_settings=settings, model=model) as r:
         first = asyncio.create_task(r.client.generate("one", **LONG))
-        await asyncio.sleep(0.02)
+        await r.until(running=1)
         with pytest.raises(DeadlineExceeded):
             await r.client.generate("two", adapter="a", timeout=0.03, **LONG)
         assert (await first).usage.completion_tokens == 200
@@ -118,14 +119,17 @@ async def test_a_deadline_that_passes_in_the_queue(tmp_path: Path) -> None:
 
 async def test_a_full_queue_refuses_before_started(tmp_path: Path) -> None:
     settings = EngineSettings(block_size=4, max_batch_rows=1, max_queue=1)
-    async with running(tmp_path, adapters=("a",), engine_settings=settings) as r:
-        busy = [asyncio.create_task(r.client.generate("x", adapter="a", **LONG)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+    model = FakeModel(delay=0.005)
+    async with running(tmp_path, adapters=("a",), engine_settings=settings, model=model) as r:
+        runs = asyncio.create_task(r.client.generate("x", adapter="a", **LONG))
+        await r.until(running=1)
+        waits = asyncio.create_task(r.client.generate("x", adapter="a", **LONG))
+        await r.until(running=1, waiting=1)
         with pytest.raises(Overloaded) as caught:
             await anext(r.client.stream("hello", adapter="a", **LONG))
         assert caught.value.reason == "QUEUE_FULL"
         assert caught.value.retry_after > 0
-        await asyncio.gather(*busy)
+        await asyncio.gather(runs, waits)
         await r.settle()
 
 

@@ -23,6 +23,14 @@ struct AttentionCall {
   const float* sinks;                 // [heads] or null
 };
 
+constexpr int kKeys = 32;  // positions of a step
+
+// Position p of sequence s in the cache, in units of [kv_heads, dim].
+inline int64_t slot(const AttentionCall& c, int64_t s, int64_t position) {
+  return static_cast<int64_t>(c.tables[s * c.table_stride + position / c.block_size]) * c.block_size +
+         position % c.block_size;
+}
+
 void attention_amx(Pool& pool, const AttentionCall& call);
 void attention_avx512(Pool& pool, const AttentionCall& call);
 void attention_avx2(Pool& pool, const AttentionCall& call);

@@ -70,7 +70,7 @@ class NativeBackend(Backend, FusedOperations):
         keep: list[object] = []
         nbytes, column = 0, 0
         for part, site in zip(parts, sites, strict=True):
-            packed = PackedNF4.pack(part.weight)
+            packed = PackedNF4.pack(part.weight, vectors=self.isa != "amx")
             bias = None if part.bias is None else part.bias.float().contiguous()
             double = packed.table.numel() != 0
             words.append(

@@ -23,16 +23,16 @@ import torch
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-KERNELS = ("linear", "attention", "elementwise")
 # Instruction sets in rising order; a library built here runs on every x86-64 machine that has the first.
 ISAS = {
     "avx2": ("-march=haswell",),
-    "avx512": ("-march=icelake-server", "-mavx512bf16", "-mprefer-vector-width=512"),
+    "avx512": ("-march=icelake-server", "-mprefer-vector-width=512"),
     "amx": ("-march=sapphirerapids", "-mprefer-vector-width=512"),
 }
+SOURCES = {isa: ("linear_tiles" if isa == "amx" else "linear_vectors", "attention", "elementwise") for isa in ISAS}
 _NEEDS = {
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vbmi"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi", "avx512_vnni"},
     "amx": {"amx_tile", "amx_bf16", "avx512_bf16", "avx512_fp16"},
 }
 # Floating-point comparisons may become selects, or no loop with one vectorizes. Sums keep their order.
@@ -106,8 +106,8 @@ def compile_to(target: Path, compiler: str = "g++", extra: tuple[str, ...] = ())
     include = (f"-I{torch_root / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000")
     jobs = [
         (f"{kernel}_{isa}", (*flags, f"-DLORAMUX_SET={isa}", str(HERE / f"{kernel}.cpp")))
-        for kernel in KERNELS
         for isa, flags in ISAS.items()
+        for kernel in SOURCES[isa]
     ]
     jobs.append(("module", (*include, str(HERE / "module.cpp"))))
 

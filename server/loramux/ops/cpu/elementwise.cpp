@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "tiles.h"
+#include "common.h"
 
 namespace loramux {
 namespace {

@@ -1,4 +1,4 @@
-// y_p = W_p·x + bias_p + Σ weight·(B·(A·x) + lora_bias), for parts p that share x. See linear.cpp.
+// y_p = W_p·x + bias_p + Σ weight·(B·(A·x) + lora_bias), for parts p that share x. See linear_tiles.cpp and linear_vectors.cpp.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,10 @@ using bf16 = uint16_t;
 
 // One weight [n, k]: NF4 in tile order (codes != nullptr) or dense bf16 row-major (dense != nullptr).
 //
-// Tile order: rows in tiles of 16, k in blocks of 64. codes [tiles][k/64][16][32]: byte j of a row's block holds weight
-// j in the high nibble and weight 32 + j in the low one. absmax [tiles][k/64][16], as bytes into `table256` with the
-// scale of its group of 256 blocks (in canonical order: row·k/64 + block) and `offset` to add; or as floats.
+// Tile order: rows in tiles of 16, k in blocks of 64. codes [tiles][k/64][16][32]. For AMX: byte j of a row's 32 holds
+// weight j in the high nibble and weight 32 + j in the low one. For vectors: 32 bytes hold four inputs of all rows, see
+// packed.py. absmax [tiles][k/64][16], as bytes into `table256` with the scale of its group of 256 blocks (in canonical
+// order: row·k/64 + block) and `offset` to add; or as floats.
 struct Part {
   const uint8_t* codes;
   const bf16* dense;

@@ -1,4 +1,4 @@
-"""NF4 in the order in which the native kernels read it: the same bits, by tiles. The layout stands in linear.h."""
+"""NF4 in the order in which the native kernels read it: the same bits, by tiles. Both layouts stand in linear.h."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SLACK = 16
 class PackedNF4:
     """An NF4 weight [n, k] in tile order; rows are padded to a multiple of 16.
 
-    codes        uint8 [tiles, k/64, 16, 32]
+    codes        uint8 [tiles, k/64, 16, 32]: by rows for AMX tiles, by inputs for vectors
     absmax       uint8 (float32 without double quantization) [tiles, k/64, 16]
     group_scale  float32 [groups + 16], empty without double quantization
     table        float32 [256], shared by all weights; empty without double quantization
@@ -33,22 +33,21 @@ class PackedNF4:
     offset: float
 
     @classmethod
-    def pack(cls, weight: NF4Weight) -> PackedNF4:
-        """Reorder `weight`; k must be a multiple of 64."""
+    def pack(cls, weight: NF4Weight, *, vectors: bool) -> PackedNF4:
+        """Reorder `weight` for the kernel that works on vectors, or the one on tiles; k must be a multiple of 64."""
         n, k = weight.shape
         assert k % BLOCK_SIZE == 0
         tiles, blocks = -(-n // TILE), k // BLOCK_SIZE
         pairs = weight.codes.view(n, k // 2)
         codes = torch.zeros(tiles * TILE, k, dtype=torch.uint8)
         codes[:n] = torch.stack((pairs >> 4, pairs & 15), dim=-1).view(n, k)
-        halves = codes.view(tiles, TILE, blocks, 2, BLOCK_SIZE // 2).permute(0, 2, 1, 3, 4)
         absmax = torch.zeros(tiles * TILE, blocks, dtype=weight.absmax.dtype)
         absmax[:n] = weight.absmax.view(n, blocks)
         double = weight.nested_absmax is not None
         return cls(
             n=n,
             k=k,
-            codes=((halves[..., 0, :] << 4) | halves[..., 1, :]).contiguous(),
+            codes=(_by_inputs if vectors else _by_rows)(codes.view(tiles, TILE, blocks, BLOCK_SIZE)),
             absmax=absmax.view(tiles, TILE, blocks).permute(0, 2, 1).contiguous(),
             group_scale=_padded(weight.nested_absmax) if weight.nested_absmax is not None else torch.empty(0),
             table=_shared_table(weight.nested_table) if weight.nested_table is not None else torch.empty(0),
@@ -59,6 +58,22 @@ class PackedNF4:
     def nbytes(self) -> int:
         """Bytes that grow with the weight."""
         return self.codes.numel() + self.absmax.numel() * self.absmax.element_size() + self.group_scale.numel() * 4
+
+
+def _by_rows(codes: Tensor) -> Tensor:
+    """[tiles, 16, blocks, 64] → [tiles, blocks, 16, 32]: input j of a row in the high nibble, 32 + j in the low one."""
+    halves = codes.unflatten(3, (2, BLOCK_SIZE // 2)).transpose(1, 2)
+    return ((halves[..., 0, :] << 4) | halves[..., 1, :]).contiguous()
+
+
+def _by_inputs(codes: Tensor) -> Tensor:
+    """[tiles, 16, blocks, 64] → [tiles, blocks, 16, 32], four inputs in each 32 bytes.
+
+    Row 8·a + 4·b + c and input 4·q + 2·d + e stand in byte [q, b, e, a, c], for d = 0 in the low nibble.
+    """
+    split = codes.view(codes.shape[0], 2, 2, 4, codes.shape[2], TILE, 2, 2)
+    nibbles = split.permute(0, 4, 5, 6, 2, 7, 1, 3)  # tile, block, q, d, b, e, a, c
+    return (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).flatten(3).contiguous()
 
 
 def _padded(scales: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// The linear operation, compiled once for each instruction set (LORAMUX_SET names it).
+// The linear operation on AMX tiles.
 //
 // Weights stand on the left: a tile is 16 outputs × 32 inputs, x is packed into tiles of 16 input pairs × 16 rows, and
 // the product is 16 outputs × 16 rows in float32. So one row costs what sixteen cost, NF4 needs no transposition (a
@@ -25,8 +25,6 @@ alignas(64) constexpr float kNF4[16] = {
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-
-#if defined(__AVX512BW__) && defined(__AVX512BF16__)
 
 // One block of a tile, 16 rows × 64 weights: two tiles of bf16, inputs 0 … 31 and 32 … 63.
 inline __attribute__((always_inline)) void expand(const uint8_t* codes, const float* scale, bf16* to) {
@@ -61,45 +59,6 @@ inline void block_scales(const Part& part, int64_t tile, int64_t block, int64_t 
                                           : _mm512_i32gather_ps(group, part.group_scale + base, 4);
   _mm512_store_ps(scale, _mm512_fmadd_ps(value, group_scale, _mm512_set1_ps(part.offset)));
 }
-
-#else
-
-inline void expand(const uint8_t* codes, const float* scale, bf16* to) {
-  for (int r = 0; r < kTile; ++r) {
-    alignas(16) uint8_t low[16], high[16];
-    for (int i = 0; i < 16; ++i) {
-      const bf16 value = to_bf16(kNF4[i] * scale[r]);
-      low[i] = static_cast<uint8_t>(value);
-      high[i] = static_cast<uint8_t>(value >> 8);
-    }
-    const __m256i lows = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
-    const __m256i highs = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
-    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + r * 32));
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i nibbles[2] = {_mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), _mm256_and_si256(packed, mask)};
-    for (int half = 0; half < 2; ++half) {
-      const __m256i a = _mm256_shuffle_epi8(lows, nibbles[half]), b = _mm256_shuffle_epi8(highs, nibbles[half]);
-      const __m256i even = _mm256_unpacklo_epi8(a, b), odd = _mm256_unpackhi_epi8(a, b);
-      __m256i* out = reinterpret_cast<__m256i*>(to + half * kElements + r * kDepth);
-      _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
-      _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
-    }
-  }
-}
-
-inline void block_scales(const Part& part, int64_t tile, int64_t block, int64_t blocks, float* scale) {
-  const int64_t at = (tile * blocks + block) * kTile;
-  for (int r = 0; r < kTile; ++r) {
-    if (part.absmax_float != nullptr) {
-      scale[r] = part.absmax_float[at + r];
-    } else {
-      const int64_t group = ((tile * kTile + r) * blocks + block) >> 8;
-      scale[r] = __builtin_fmaf(part.table256[part.absmax[at + r]], part.group_scale[group], part.offset);
-    }
-  }
-}
-
-#endif
 
 // Weights are read once, in order, from memory: asking for them early is worth more than anything else here. Past the
 // end this is harmless.
@@ -232,13 +191,11 @@ void finish(const Job& job, int64_t p, int64_t tile, int64_t row_tile, const flo
         for (int64_t n = 0; n < outputs; ++n) line[n] += branch.weight * to_float(branch.bias[tile * kTile + n]);
     }
     bf16* y = c.y + m * c.y_stride + part.column + tile * kTile;
-#if defined(__AVX512BF16__)
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(line));
     if (outputs == kTile) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), rounded);
       continue;
     }
-#endif
     for (int64_t n = 0; n < outputs; ++n) y[n] = to_bf16(line[n]);
   }
 }
@@ -358,7 +315,7 @@ void run(void* argument, int thread, int threads) {
 
 }  // namespace
 
-void LORAMUX_JOIN(linear_, LORAMUX_SET)(Pool& pool, const LinearCall& call) {
+void linear_amx(Pool& pool, const LinearCall& call) {
   static thread_local Scratch packed, low_rank;
   static thread_local std::unique_ptr<Branch[]> branches;
   static thread_local int64_t room = 0;

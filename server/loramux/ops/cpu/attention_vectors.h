@@ -1,0 +1,141 @@
+// The two products of attention in 256-bit vectors. Rows of sixteen dimensions stand as eight evens, then eight odds.
+#pragma once
+
+#include "attention.h"
+#include "vectors.h"
+
+namespace loramux {
+namespace {
+
+struct Engine {};
+
+class Products {
+ public:
+  static int64_t bytes(int64_t dim, int64_t value_dim) {
+    const int64_t dims = tiles(dim) * kTile, value_dims = tiles(value_dim) * kTile;
+    return kTile * dims * static_cast<int64_t>(sizeof(float)) + kKeys * std::max(dims, value_dims) * static_cast<int64_t>(sizeof(bf16));
+  }
+  // `memory`: 64-byte aligned, `bytes` of it.
+  Products(const AttentionCall& c, char* memory) : c_(c), dims_(tiles(c.dim) * kTile) {
+    q_ = reinterpret_cast<float*>(memory);
+    staging_ = reinterpret_cast<bf16*>(q_ + kTile * dims_);
+  }
+
+  // Elements of a row of `columns`, and of a row of sums.
+  int64_t query_width() const { return dims_; }
+  int64_t sum_width() const { return tiles(c_.value_dim) * kTile; }
+
+  // Takes up to sixteen queries, rows of `query_width`.
+  void take_queries(const bf16* columns, int64_t count) {
+    for (int64_t i = 0; i < count * dims_; i += 16) {
+      const __m256i pairs = load_pairs(columns + i);
+      _mm256_store_ps(q_ + i, evens(pairs));
+      _mm256_store_ps(q_ + i + 8, odds(pairs));
+    }
+  }
+
+  // lines[column][32] = q·k for the positions first …; those beyond `last` count as zeros.
+  void score(int64_t s, int64_t head, int64_t first, int64_t last, int64_t columns, float* lines) {
+    const bf16* rows[kKeys];
+    find(c_.keys, c_.dim, s, head, first, last, rows);
+    const int64_t keys = std::min<int64_t>(kKeys, last - first + 1);
+    for (int64_t key = 0; key < keys; key += 4) {
+      int64_t i = 0;
+      for (; i + 3 <= columns; i += 3) score_four<3>(rows + key, i, lines + i * kKeys + key);
+      for (; i < columns; ++i) score_four<1>(rows + key, i, lines + i * kKeys + key);
+    }
+  }
+
+  // sums[column] = sums[column]·shrink[column] + weights[column]·v, position by position.
+  void add_values(int64_t s, int64_t head, int64_t first, int64_t last, int64_t columns, const float* weights,
+                  const float* shrink, float* sums) {
+    const bf16* rows[kKeys];
+    find(c_.values, c_.value_dim, s, head, first, last, rows);
+    const int64_t keys = std::min<int64_t>(kKeys, last - first + 1), width = sum_width();
+    int64_t i = 0;
+    for (; i + 3 <= columns; i += 3) add_columns<3>(rows, keys, weights + i * kKeys, shrink + i, sums + i * width, width);
+    for (; i < columns; ++i) add_columns<1>(rows, keys, weights + i * kKeys, shrink + i, sums + i * width, width);
+  }
+
+  // Where dimension i stands in a row of sums.
+  static int64_t place(int64_t i) { return i / 16 * 16 + i % 2 * 8 + i % 16 / 2; }
+
+ private:
+  // The rows of 32 positions; past the last one, and where a row is no multiple of 16, in staging.
+  void find(const bf16* cache, int64_t dim, int64_t s, int64_t head, int64_t first, int64_t last, const bf16** rows) {
+    alignas(64) static const bf16 nothing[1024] = {};
+    const int64_t padded = tiles(dim) * kTile;
+    for (int key = 0; key < kKeys; ++key) {
+      if (first + key > last) {
+        rows[key] = nothing;
+        continue;
+      }
+      const bf16* row = cache + (slot(c_, s, first + key) * c_.kv_heads + head) * dim;
+      if (padded != dim) {
+        bf16* copy = staging_ + key * padded;
+        std::memset(copy, 0, padded * sizeof(bf16));
+        std::memcpy(copy, row, dim * sizeof(bf16));
+        row = copy;
+      }
+      rows[key] = row;
+    }
+  }
+
+  template <int G>
+  LORAMUX_INLINE void score_four(const bf16* const* rows, int64_t column, float* lines) {
+    __m256 sum[G][4];
+    for (int g = 0; g < G; ++g)
+      for (int key = 0; key < 4; ++key) sum[g][key] = _mm256_setzero_ps();
+    const float* q = q_ + column * dims_;
+    for (int64_t d = 0; d < dims_; d += 16) {
+#pragma GCC unroll 4
+      for (int key = 0; key < 4; ++key) {
+        const __m256i pairs = load_pairs(rows[key] + d);
+        const __m256 even = evens(pairs), odd = odds(pairs);
+        for (int g = 0; g < G; ++g) {
+          sum[g][key] = _mm256_fmadd_ps(even, _mm256_load_ps(q + g * dims_ + d), sum[g][key]);
+          sum[g][key] = _mm256_fmadd_ps(odd, _mm256_load_ps(q + g * dims_ + d + 8), sum[g][key]);
+        }
+      }
+    }
+    for (int g = 0; g < G; ++g) _mm_storeu_ps(lines + g * kKeys, loramux::sums(sum[g][0], sum[g][1], sum[g][2], sum[g][3]));
+  }
+
+  template <int G>
+  LORAMUX_INLINE void add_columns(const bf16* const* rows, int64_t keys, const float* weights, const float* shrink,
+                                  float* sums, int64_t width) {
+    int64_t d = 0;
+    for (; d + 32 <= width; d += 32) add_dims<G, 2>(rows, keys, weights, shrink, sums + d, width, d);
+    if (d < width) add_dims<G, 1>(rows, keys, weights, shrink, sums + d, width, d);
+  }
+
+  template <int G, int D>
+  LORAMUX_INLINE void add_dims(const bf16* const* rows, int64_t keys, const float* weights, const float* shrink,
+                               float* sums, int64_t width, int64_t d) {
+    __m256 sum[G][2 * D];
+    for (int g = 0; g < G; ++g)
+      for (int i = 0; i < 2 * D; ++i) sum[g][i] = _mm256_mul_ps(_mm256_load_ps(sums + g * width + i * 8), scalar(shrink + g));
+    for (int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 2
+      for (int i = 0; i < D; ++i) {
+        const __m256i pairs = load_pairs(rows[key] + d + i * 16);
+        const __m256 even = evens(pairs), odd = odds(pairs);
+        for (int g = 0; g < G; ++g) {
+          const __m256 weight = scalar(weights + g * kKeys + key);
+          sum[g][2 * i] = _mm256_fmadd_ps(even, weight, sum[g][2 * i]);
+          sum[g][2 * i + 1] = _mm256_fmadd_ps(odd, weight, sum[g][2 * i + 1]);
+        }
+      }
+    }
+    for (int g = 0; g < G; ++g)
+      for (int i = 0; i < 2 * D; ++i) _mm256_store_ps(sums + g * width + i * 8, sum[g][i]);
+  }
+
+  const AttentionCall& c_;
+  int64_t dims_;
+  float* q_;       // [16 columns][dims]
+  bf16* staging_;  // [32 keys][dims]
+};
+
+}  // namespace
+}  // namespace loramux

@@ -1,0 +1,70 @@
+// 256-bit vectors: bf16 pairs as two vectors of floats, transpositions, sums. For machines without AMX.
+#pragma once
+
+#include "common.h"
+
+namespace loramux {
+namespace {
+
+#define LORAMUX_INLINE inline __attribute__((always_inline))
+
+// Of eight pairs of bf16, the first ones and the second ones.
+LORAMUX_INLINE __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+LORAMUX_INLINE __m256 odds(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+LORAMUX_INLINE __m256i load_pairs(const bf16* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+LORAMUX_INLINE __m256 scalar(const float* from) { return _mm256_broadcast_ss(from); }
+
+// Eight rows of eight dwords, transposed in place.
+LORAMUX_INLINE void transpose(__m256i (&r)[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+// The sum of eight lanes, always in this order.
+LORAMUX_INLINE float sum(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// The sums of four vectors' lanes, each in one order that does not depend on the other three.
+LORAMUX_INLINE __m128 sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+// Sixteen floats, rounded to nearest even; NaN stays NaN.
+LORAMUX_INLINE void store_rounded(__m256 low, __m256 high, bf16* to) {
+  const auto round = [](__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                                                  _mm256_castsi256_ps(quiet), is_nan)), 16);
+  };
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(round(low), round(high)), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+}
+
+}  // namespace
+}  // namespace loramux
