@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 
+#include "vectors.h"
 #if defined(__AMX_BF16__)
 #include "attention_tiles.h"
 #else
@@ -26,7 +27,8 @@ constexpr int64_t kWidest = 64;  // by how much a row may be padded
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Rotates one head as transformers' apply_rotary_pos_emb does (halves, not pairs), in float32, rounded once.
-inline void rotate(const bf16* from, const bf16* cosines, const bf16* sines, int64_t dim, bf16* to) {
+inline void rotate(const bf16* from, const bf16* __restrict cosines, const bf16* __restrict sines, int64_t dim,
+                   bf16* __restrict to) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = to_float(from[i]), b = to_float(from[half + i]);
@@ -61,6 +63,36 @@ void write_cache(const AttentionCall& c, int64_t t, bf16* rotated) {
     std::memcpy(c.values + (c.slots[t] * c.kv_heads + h) * c.value_dim, c.v + t * c.v_stride + h * c.value_dim,
                 c.value_dim * sizeof(bf16));
   }
+}
+
+// Scales 32 scores and hides those that are not from ≤ j < to; returns the greatest.
+float scale_scores(const AttentionCall& c, float* line, int from, int to) {
+  if (c.softcap > 0)
+    for (int j = 0; j < kKeys; ++j) line[j] = c.softcap * std::tanh(line[j] * c.scaling / c.softcap);
+  const __m256 scaling = _mm256_set1_ps(c.softcap > 0 ? 1.0f : c.scaling);
+  __m256 most = _mm256_set1_ps(kHidden);
+  for (int j = 0; j < kKeys; j += 8) {
+    const __m256i at = _mm256_add_epi32(_mm256_set1_epi32(j), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i seen = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(from), at),
+                                             _mm256_cmpgt_epi32(_mm256_set1_epi32(to), at));
+    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(line + j), scaling);
+    const __m256 score = _mm256_blendv_ps(_mm256_set1_ps(kHidden), scaled, _mm256_castsi256_ps(seen));
+    most = _mm256_max_ps(most, score);
+    _mm256_storeu_ps(line + j, score);
+  }
+  return greatest(most);
+}
+
+// Scores to weights: e^(score - highest), 0 where hidden; returns their sum.
+float soften(float* line, float highest) {
+  __m256 weights[kKeys / 8];
+  for (int i = 0; i < kKeys / 8; ++i) {
+    const __m256 score = _mm256_loadu_ps(line + i * 8);
+    const __m256 hidden = _mm256_cmp_ps(score, _mm256_set1_ps(kHidden), _CMP_EQ_OQ);
+    weights[i] = _mm256_andnot_ps(hidden, exponential(_mm256_sub_ps(score, _mm256_set1_ps(highest))));
+    _mm256_storeu_ps(line + i * 8, weights[i]);
+  }
+  return sum(_mm256_add_ps(_mm256_add_ps(weights[0], weights[2]), _mm256_add_ps(weights[1], weights[3])));
 }
 
 void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, Products& products, const Buffers& b) {
@@ -100,20 +132,10 @@ void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, 
         shrink[i] = 1.0f;
         continue;
       }
-      for (int j = 0; j < kKeys; ++j) line[j] *= c.scaling;
-      if (c.softcap > 0)
-        for (int j = 0; j < kKeys; ++j) line[j] = c.softcap * std::tanh(line[j] / c.softcap);
-      float highest = most[i];
-      for (int j = 0; j < kKeys; ++j) line[j] = j >= visible_from && j < visible_to ? line[j] : kHidden;
-      for (int j = 0; j < kKeys; ++j) highest = line[j] > highest ? line[j] : highest;
+      const float highest = std::max(most[i], scale_scores(c, line, visible_from, visible_to));
       shrink[i] = most[i] == kHidden ? 0.0f : exponential(most[i] - highest);
       most[i] = highest;
-      for (int j = 0; j < kKeys; ++j) line[j] = line[j] == kHidden ? 0.0f : exponential(line[j] - highest);
-      float partial[16];
-      for (int j = 0; j < 16; ++j) partial[j] = line[j] + line[16 + j];
-      for (int width = 8; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) partial[j] += partial[j + width];
-      total[i] = total[i] * shrink[i] + partial[0];
+      total[i] = total[i] * shrink[i] + soften(line, highest);
     }
     products.add_values(s, head, first, last, columns, b.lines, shrink, b.sums);
   }

@@ -1,6 +1,8 @@
 // The two products of attention in 256-bit vectors. Rows of sixteen dimensions stand as eight evens, then eight odds.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.h"
 #include "vectors.h"
 
@@ -39,11 +41,8 @@ class Products {
     const bf16* rows[kKeys];
     find(c_.keys, c_.dim, s, head, first, last, rows);
     const int64_t keys = std::min<int64_t>(kKeys, last - first + 1);
-    for (int64_t key = 0; key < keys; key += 4) {
-      int64_t i = 0;
-      for (; i + 3 <= columns; i += 3) score_four<3>(rows + key, i, lines + i * kKeys + key);
-      for (; i < columns; ++i) score_four<1>(rows + key, i, lines + i * kKeys + key);
-    }
+    for (int64_t key = 0; key < keys; key += 4)
+      by_threes(columns, [&](auto g, int64_t i) LORAMUX_LAMBDA { score_four<g>(rows + key, i, lines + i * kKeys + key); });
   }
 
   // sums[column] = sums[column]·shrink[column] + weights[column]·v, position by position.
@@ -52,32 +51,42 @@ class Products {
     const bf16* rows[kKeys];
     find(c_.values, c_.value_dim, s, head, first, last, rows);
     const int64_t keys = std::min<int64_t>(kKeys, last - first + 1), width = sum_width();
-    int64_t i = 0;
-    for (; i + 3 <= columns; i += 3) add_columns<3>(rows, keys, weights + i * kKeys, shrink + i, sums + i * width, width);
-    for (; i < columns; ++i) add_columns<1>(rows, keys, weights + i * kKeys, shrink + i, sums + i * width, width);
+    by_threes(columns, [&](auto g, int64_t i) LORAMUX_LAMBDA {
+      add_columns<g>(rows, keys, weights + i * kKeys, shrink + i, sums + i * width, width);
+    });
   }
 
   // Where dimension i stands in a row of sums.
   static int64_t place(int64_t i) { return i / 16 * 16 + i % 2 * 8 + i % 16 / 2; }
 
  private:
+  // Three columns at a time are what the registers hold; four go as two and two.
+  template <typename Function>
+  LORAMUX_INLINE static void by_threes(int64_t columns, const Function& function) {
+    int64_t i = 0;
+    while (columns - i > 4 || columns - i == 3) function(std::integral_constant<int, 3>(), i), i += 3;
+    while (columns - i >= 2) function(std::integral_constant<int, 2>(), i), i += 2;
+    if (i < columns) function(std::integral_constant<int, 1>(), i);
+  }
+
   // The rows of 32 positions; past the last one, and where a row is no multiple of 16, in staging.
   void find(const bf16* cache, int64_t dim, int64_t s, int64_t head, int64_t first, int64_t last, const bf16** rows) {
     alignas(64) static const bf16 nothing[1024] = {};
     const int64_t padded = tiles(dim) * kTile;
-    for (int key = 0; key < kKeys; ++key) {
-      if (first + key > last) {
-        rows[key] = nothing;
-        continue;
-      }
+    const int count = static_cast<int>(std::min<int64_t>(kKeys, last - first + 1));
+    for (int key = count; key < kKeys; ++key) rows[key] = nothing;
+    for (int key = 0; key < count;) {
+      // Within a block, positions follow each other.
       const bf16* row = cache + (slot(c_, s, first + key) * c_.kv_heads + head) * dim;
-      if (padded != dim) {
-        bf16* copy = staging_ + key * padded;
-        std::memset(copy, 0, padded * sizeof(bf16));
-        std::memcpy(copy, row, dim * sizeof(bf16));
-        row = copy;
-      }
-      rows[key] = row;
+      const int64_t here = std::min<int64_t>(count - key, c_.block_size - (first + key) % c_.block_size);
+      for (int64_t i = 0; i < here; ++i, ++key, row += c_.kv_heads * dim) rows[key] = row;
+    }
+    if (padded == dim) return;
+    for (int key = 0; key < count; ++key) {
+      bf16* copy = staging_ + key * padded;
+      std::memset(copy, 0, padded * sizeof(bf16));
+      std::memcpy(copy, rows[key], dim * sizeof(bf16));
+      rows[key] = copy;
     }
   }
 

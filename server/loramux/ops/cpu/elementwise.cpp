@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kLanes = 16;
 // Below this many elements one thread is done before another has woken up.
-constexpr int64_t kWorthSharing = 1 << 15;
+constexpr int64_t kWorthSharing = 1 << 13;
 
 void norm_rows(const NormCall& c, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {

@@ -1,14 +1,14 @@
 // The linear operation without AMX, compiled once for each instruction set (LORAMUX_SET names it).
 //
-// A vector is eight outputs. Sixteen outputs × 64 inputs of weights are expanded into a panel of floats, [inputs][16],
-// that stays in the first-level cache, and every row multiplies it with its own inputs, one broadcast each. So the
-// order of summation is that of the inputs, whatever the number of rows, and NF4, the dense head and B are one loop.
-// A is read along its rows instead (a dot product), since its inputs are many and its outputs few.
+// NF4: a vector is eight outputs. Sixteen outputs × 64 inputs of weights are expanded into a panel of floats,
+// [inputs][16], that stays in the first-level cache, and every row multiplies it with its own inputs, one broadcast
+// each. The factors A and B and the dense head are read along their rows, as dot products, where they lie. Either way
+// the order of summation does not depend on the number of rows.
 //
 // NF4 is never rounded: a panel holds the table's float32 values, and the block's sum is multiplied by its absmax.
 //
 // Order of summation: inputs in ascending order within a block of 64, blocks in ascending order, then the adapters'
-// branches in segment order, ranks in ascending order. A·x: eight lanes in ascending order, then `sums`.
+// branches in segment order. Dot products: in eight lanes, sixteen elements at a time, then `sums`.
 
 #include <memory>
 
@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kBlock = 64;       // NF4 block
 constexpr int kMostRows = 6;     // rows of a group: 12 sums, 2 weights and an input are 15 registers
-constexpr int kRankRows = 3;     // rows that share a load of A
 constexpr int64_t kRowBytes = 256 << 10;  // inputs of a chunk of rows, to stay in the second-level cache
 
 alignas(64) constexpr float kNF4[16] = {
@@ -42,31 +41,30 @@ const Table kTable;
 
 // ---- Panels --------------------------------------------------------------------------------------------------------
 
-// The values of 32 codes, two inputs × 16 outputs: to[0 … 3] are (input, outputs) (0, low), (0, high), (1, low), (1, high).
-LORAMUX_INLINE void look_up(__m256i codes, const __m256i (&table)[4], __m256 (&to)[4]) {
+// Gives use(0 … 3, values) for 32 codes, two inputs × 16 outputs: (input, outputs) (0, low), (0, high), (1, low), (1, high).
+// In an order that needs few registers.
+template <typename Use>
+LORAMUX_INLINE void look_up(__m256i codes, const __m256i (&table)[4], const Use& use) {
   const __m256i b0 = _mm256_shuffle_epi8(table[0], codes), b1 = _mm256_shuffle_epi8(table[1], codes);
+  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
   const __m256i b2 = _mm256_shuffle_epi8(table[2], codes), b3 = _mm256_shuffle_epi8(table[3], codes);
-  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), high0 = _mm256_unpacklo_epi8(b2, b3);
-  const __m256i low1 = _mm256_unpackhi_epi8(b0, b1), high1 = _mm256_unpackhi_epi8(b2, b3);
-  to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
-  to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
-  to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
-  to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
-}
-
-// Four inputs × 16 outputs from 32 bytes, input by input.
-LORAMUX_INLINE void look_up_quad(const uint8_t* codes, const __m256i (&table)[4], __m256 (&to)[8]) {
-  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), mask = _mm256_set1_epi8(15);
-  look_up(_mm256_and_si256(packed, mask), table, reinterpret_cast<__m256(&)[4]>(to[0]));
-  look_up(_mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), table, reinterpret_cast<__m256(&)[4]>(to[4]));
+  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3);
+  use(0, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0)));
+  use(1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0)));
+  const __m256i high1 = _mm256_unpackhi_epi8(b2, b3);
+  use(2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1)));
+  use(3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1)));
 }
 
 void expand(const uint8_t* codes, float* panel) {
   const __m256i table[4] = {kTable.load(0), kTable.load(1), kTable.load(2), kTable.load(3)};
-  for (int quad = 0; quad < kBlock / 4; ++quad) {
-    __m256 values[8];
-    look_up_quad(codes + quad * 32, table, values);
-    for (int i = 0; i < 8; ++i) _mm256_store_ps(panel + quad * 64 + i * 8, values[i]);
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int quad = 0; quad < kBlock / 4; ++quad, panel += 64) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + quad * 32));
+    look_up(_mm256_and_si256(packed, mask), table,
+            [&](int i, __m256 values) LORAMUX_LAMBDA { _mm256_store_ps(panel + i * 8, values); });
+    look_up(_mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), table,
+            [&](int i, __m256 values) LORAMUX_LAMBDA { _mm256_store_ps(panel + 32 + i * 8, values); });
   }
 }
 
@@ -79,55 +77,58 @@ void tile_scales(const Part& part, int64_t tile, int64_t blocks, float* scale) {
   }
   const uint8_t* absmax = part.absmax + first;
   for (int64_t r = 0; r < kTile; ++r) {
+    // Blocks that follow each other share a group's scale, up to 256 of them.
     const int64_t canonical = (tile * kTile + r) * blocks;
-    for (int64_t block = 0; block < blocks; ++block)
-      scale[block * kTile + r] = __builtin_fmaf(part.table256[absmax[block * kTile + r]],
-                                                part.group_scale[(canonical + block) >> 8], part.offset);
-  }
-}
-
-// Sixteen inputs of 16 rows of bf16, `stride` elements apart, as panel[16][16].
-LORAMUX_INLINE void turn(const bf16* rows, int64_t stride, float* panel) {
-  for (int half = 0; half < 2; ++half) {
-    __m256i r[8];
-    for (int i = 0; i < 8; ++i) r[i] = load_pairs(rows + (half * 8 + i) * stride);
-    transpose(r);
-    for (int pair = 0; pair < 8; ++pair) {
-      _mm256_store_ps(panel + pair * 32 + half * 8, evens(r[pair]));
-      _mm256_store_ps(panel + pair * 32 + half * 8 + 16, odds(r[pair]));
+    for (int64_t block = 0; block < blocks;) {
+      const float group = part.group_scale[(canonical + block) >> 8];
+      const int64_t end = std::min(blocks, (((canonical + block) >> 8) + 1) * 256 - canonical);
+      for (; block < end; ++block)
+        scale[block * kTile + r] = __builtin_fmaf(part.table256[absmax[block * kTile + r]], group, part.offset);
     }
   }
 }
 
-// `count` ≤ 64 inputs of up to 16 rows of bf16 as panel[count][16]; what is missing is zero. Reads no byte past them.
-void turn_panel(const bf16* rows, int64_t stride, int64_t present, int64_t count, float* panel) {
-  for (int64_t i = 0; i < count; i += 16) {
-    if (present == kTile && count - i >= 16) {
-      turn(rows + i, stride, panel + i * kTile);
-      continue;
+// One row's sums over one block of T tiles, without a panel between: what `expand` and `add<1, true>` give, to the bit.
+// A single row waits for each addition, so that T tiles go side by side.
+template <int T>
+LORAMUX_INLINE void add_row(const uint8_t* codes, int64_t distance, const float* x, const float* scale,
+                            int64_t scale_distance, __m256 (&total)[T][2]) {
+  const __m256i table[4] = {kTable.load(0), kTable.load(1), kTable.load(2), kTable.load(3)};
+  __m256 sum[T][2];
+  for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int quad = 0; quad < kBlock / 4; ++quad) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      const __m256i packed =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + t * distance + quad * 32));
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair) {
+        const __m256i nibbles = _mm256_and_si256(pair == 0 ? packed : _mm256_srli_epi16(packed, 4), mask);
+        look_up(nibbles, table, [&](int i, __m256 values) LORAMUX_LAMBDA {
+          sum[t][i % 2] = _mm256_fmadd_ps(values, scalar(x + quad * 4 + pair * 2 + i / 2), sum[t][i % 2]);
+        });
+      }
     }
-    alignas(64) bf16 staging[16 * 16] = {};
-    for (int64_t r = 0; r < present; ++r)
-      std::memcpy(staging + r * 16, rows + r * stride + i, std::min<int64_t>(16, count - i) * sizeof(bf16));
-    turn(staging, 16, panel + i * kTile);
   }
+  for (int t = 0; t < T; ++t)
+    for (int half = 0; half < 2; ++half)
+      total[t][half] =
+          _mm256_fmadd_ps(_mm256_load_ps(scale + t * scale_distance + half * 8), sum[t][half], total[t][half]);
 }
 
 // ---- Sums ----------------------------------------------------------------------------------------------------------
 
-// totals[g][16] += scale · Σ panel[i][16]·x[i·step + g·row] (with a scale, the sum begins at zero; without, at the total).
-template <int G, bool kScaled>
-LORAMUX_INLINE void add(const float* panel, int64_t count, const float* x, int64_t step, int64_t row,
-                        const float* scale, float* totals) {
+// totals[g][16] += scale · Σ panel[i][16]·x[i][g] for a group of G rows.
+template <int G>
+LORAMUX_INLINE void add(const float* panel, const float* x, const float* scale, float* totals) {
   __m256 sum[G][2];
-  for (int g = 0; g < G; ++g)
-    for (int half = 0; half < 2; ++half)
-      sum[g][half] = kScaled ? _mm256_setzero_ps() : _mm256_load_ps(totals + g * kTile + half * 8);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_ps();
+  for (int i = 0; i < kBlock; ++i) {
     const __m256 w0 = _mm256_load_ps(panel + i * kTile), w1 = _mm256_load_ps(panel + i * kTile + 8);
 #pragma GCC unroll 6
     for (int g = 0; g < G; ++g) {
-      const __m256 value = scalar(x + i * step + g * row);
+      const __m256 value = scalar(x + i * G + g);
       sum[g][0] = _mm256_fmadd_ps(w0, value, sum[g][0]);
       sum[g][1] = _mm256_fmadd_ps(w1, value, sum[g][1]);
     }
@@ -135,60 +136,86 @@ LORAMUX_INLINE void add(const float* panel, int64_t count, const float* x, int64
   for (int g = 0; g < G; ++g)
     for (int half = 0; half < 2; ++half) {
       float* total = totals + g * kTile + half * 8;
-      if constexpr (kScaled)
-        sum[g][half] = _mm256_fmadd_ps(_mm256_load_ps(scale + half * 8), sum[g][half], _mm256_load_ps(total));
-      _mm256_store_ps(total, sum[g][half]);
+      _mm256_store_ps(total, _mm256_fmadd_ps(_mm256_load_ps(scale + half * 8), sum[g][half], _mm256_load_ps(total)));
     }
 }
 
-// `add` for a number of rows that is known only now; rows of a group stand side by side in x.
-template <bool kScaled>
-LORAMUX_INLINE void add_group(int64_t rows, const float* panel, int64_t count, const float* x, const float* scale,
-                              float* totals) {
+LORAMUX_INLINE void add_group(int64_t rows, const float* panel, const float* x, const float* scale, float* totals) {
   switch (rows) {
-    case 1: return add<1, kScaled>(panel, count, x, 1, 1, scale, totals);
-    case 2: return add<2, kScaled>(panel, count, x, 2, 1, scale, totals);
-    case 3: return add<3, kScaled>(panel, count, x, 3, 1, scale, totals);
-    case 4: return add<4, kScaled>(panel, count, x, 4, 1, scale, totals);
-    case 5: return add<5, kScaled>(panel, count, x, 5, 1, scale, totals);
-    default: return add<6, kScaled>(panel, count, x, 6, 1, scale, totals);
+    case 1: return add<1>(panel, x, scale, totals);
+    case 2: return add<2>(panel, x, scale, totals);
+    case 3: return add<3>(panel, x, scale, totals);
+    case 4: return add<4>(panel, x, scale, totals);
+    case 5: return add<5>(panel, x, scale, totals);
+    default: return add<6>(panel, x, scale, totals);
   }
 }
 
-// The same for rows of h, [rows][rank]: any number of them.
-void add_ranks(int64_t rows, const float* panel, int64_t count, const float* h, int64_t rank, float* totals) {
-  for (; rows >= 4; rows -= 4, h += 4 * rank, totals += 4 * kTile) add<4, false>(panel, count, h, 1, rank, nullptr, totals);
-  for (; rows >= 1; --rows, h += rank, totals += kTile) add<1, false>(panel, count, h, 1, rank, nullptr, totals);
-}
+// Rows of bf16 weights, and rows of inputs in lanes: sixteen elements as eight evens, then eight odds.
+struct Dots {
+  const bf16* weights;
+  int64_t weights_stride;
+  const float* lanes;
+  int64_t lanes_stride;
+  int64_t elements;  // a multiple of 16
+  float* out;        // [row of lanes][row of weights]
+  int64_t out_stride;
+};
 
-// out[g·stride + r] = weight · A[r]·x[g] for R rows of A and G of x, which is [G][k] with eight evens, then eight odds.
-template <int R, int G>
-LORAMUX_INLINE void dots(const bf16* a, const float* x, int64_t k, float weight, float* out, int64_t stride) {
+// out[g][r] = weights[r]·lanes[g], or is increased by that.
+template <int R, int G, bool kAdd>
+LORAMUX_INLINE void dots(const Dots& d, int64_t r0, int64_t g0) {
   static_assert(R % 4 == 0 || R == 1);
+  const bf16* w = d.weights + r0 * d.weights_stride;
+  const float* x = d.lanes + g0 * d.lanes_stride;
+  float* out = d.out + g0 * d.out_stride + r0;
   __m256 sum[R][G];
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < G; ++g) sum[r][g] = _mm256_setzero_ps();
-  for (int64_t i = 0; i < k; i += 16) {
+  for (int64_t i = 0; i < d.elements; i += 16) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m256i pairs = load_pairs(a + r * k + i);
+      const __m256i pairs = load_pairs(w + r * d.weights_stride + i);
+      // The rows that come next: weights are read once, from memory, and waiting for them is most of the time.
+      if constexpr (G == 1 && !kAdd) __builtin_prefetch(w + (R + r) * d.weights_stride + i);
       const __m256 even = evens(pairs), odd = odds(pairs);
 #pragma GCC unroll 3
       for (int g = 0; g < G; ++g) {
-        sum[r][g] = _mm256_fmadd_ps(even, _mm256_load_ps(x + g * k + i), sum[r][g]);
-        sum[r][g] = _mm256_fmadd_ps(odd, _mm256_load_ps(x + g * k + i + 8), sum[r][g]);
+        sum[r][g] = _mm256_fmadd_ps(even, _mm256_load_ps(x + g * d.lanes_stride + i), sum[r][g]);
+        sum[r][g] = _mm256_fmadd_ps(odd, _mm256_load_ps(x + g * d.lanes_stride + i + 8), sum[r][g]);
       }
     }
   }
-  const __m128 factor = _mm_set1_ps(weight);
+#pragma GCC unroll 3
   for (int g = 0; g < G; ++g) {
-    if constexpr (R == 1)
-      out[g * stride] = _mm_cvtss_f32(_mm_mul_ss(factor, sums(sum[0][g], sum[0][g], sum[0][g], sum[0][g])));
-    else
-      for (int r = 0; r < R; r += 4)
-        _mm_storeu_ps(out + g * stride + r,
-                      _mm_mul_ps(factor, sums(sum[r][g], sum[r + 1][g], sum[r + 2][g], sum[r + 3][g])));
+    float* to = out + g * d.out_stride;
+    if constexpr (R == 1) {
+      const float result = _mm_cvtss_f32(sums(sum[0][g], sum[0][g], sum[0][g], sum[0][g]));
+      *to = kAdd ? *to + result : result;
+    } else {
+      for (int r = 0; r < R; r += 4) {
+        const __m128 result = sums(sum[r][g], sum[r + 1][g], sum[r + 2][g], sum[r + 3][g]);
+        _mm_storeu_ps(to + r, kAdd ? _mm_add_ps(_mm_loadu_ps(to + r), result) : result);
+      }
+    }
   }
+}
+
+template <int G, bool kAdd>
+void dots_of(const Dots& d, int64_t weights_rows, int64_t g) {
+  int64_t r = 0;
+  if constexpr (G == 1)
+    for (; r + 8 <= weights_rows; r += 8) dots<8, 1, kAdd>(d, r, g);
+  for (; r + 4 <= weights_rows; r += 4) dots<4, G, kAdd>(d, r, g);
+  for (; r < weights_rows; ++r) dots<1, G, kAdd>(d, r, g);
+}
+
+template <bool kAdd>
+void all_dots(const Dots& d, int64_t weights_rows, int64_t lanes_rows) {
+  int64_t g = 0;
+  for (; g + 3 <= lanes_rows; g += 3) dots_of<3, kAdd>(d, weights_rows, g);
+  if (g + 2 == lanes_rows) dots_of<2, kAdd>(d, weights_rows, g);
+  if (g + 1 == lanes_rows) dots_of<1, kAdd>(d, weights_rows, g);
 }
 
 // ---- The operation -------------------------------------------------------------------------------------------------
@@ -200,14 +227,16 @@ struct Branch {
   const bf16* bias;
   int64_t rank, start, stop;  // rows start ≤ m < stop
   float weight;
-  float* h;  // weight·(A·x), [stop - start][rank]
+  float* h;  // weight·(A·x), [stop - start][width] in lanes, zero past the rank
+  int64_t width() const { return (rank + 15) / 16 * 16; }
 };
 
 struct Job {
   const LinearCall& c;
   Pool& pool;
   float* x;      // groups of rows one after another, each [k][rows of the group]
-  float* lanes;  // [m][k], each 16 inputs as eight evens and eight odds; only if there are branches
+  float* lanes;  // [m][k], each 16 inputs as eight evens and eight odds; only if there are dot products
+  bool packs;    // x is needed
   Branch* branches;
   int64_t* part_branches;  // branches of part p: [p] … [p + 1]
   int64_t groups;
@@ -220,7 +249,8 @@ void pack(const Job& job, int64_t group) {
   float* to = job.x + begin * c.k;
   for (int64_t r = 0; r < rows; ++r) {
     const bf16* from = c.x + (begin + r) * c.x_stride;
-    for (int64_t i = 0; i < c.k; ++i) to[i * rows + r] = to_float(from[i]);
+    if (job.packs)
+      for (int64_t i = 0; i < c.k; ++i) to[i * rows + r] = to_float(from[i]);
     if (job.lanes == nullptr) continue;
     float* lanes = job.lanes + (begin + r) * c.k;
     for (int64_t i = 0; i < c.k; i += 16) {
@@ -231,68 +261,94 @@ void pack(const Job& job, int64_t group) {
   }
 }
 
+constexpr int64_t kRanks = 8, kRows = 24;  // of a piece of A·x
+
 // h for `ranks` ranks of a branch from `rank0`, and its rows begin ≤ m < end.
 void down(const Job& job, const Branch& branch, int64_t rank0, int64_t ranks, int64_t begin, int64_t end) {
-  const int64_t k = job.c.k, stride = branch.rank;
-  for (int64_t m = begin; m < end;) {
-    const float* x = job.lanes + m * k;
-    const int64_t rows = end - m >= kRankRows ? kRankRows : 1;
-    for (int64_t r = rank0, left = ranks; left > 0;) {
-      const bf16* a = branch.a + r * k;
-      float* out = branch.h + (m - branch.start) * stride + r;
-      int64_t done = 1;
-      if (rows == kRankRows) {
-        if (left >= 4) done = 4, dots<4, kRankRows>(a, x, k, branch.weight, out, stride);
-        else dots<1, kRankRows>(a, x, k, branch.weight, out, stride);
-      } else if (left >= 8) {
-        done = 8, dots<8, 1>(a, x, k, branch.weight, out, stride);
-      } else if (left >= 4) {
-        done = 4, dots<4, 1>(a, x, k, branch.weight, out, stride);
-      } else {
-        dots<1, 1>(a, x, k, branch.weight, out, stride);
-      }
-      r += done, left -= done;
+  const int64_t k = job.c.k;
+  float out[kRows * kRanks];
+  all_dots<false>({branch.a + rank0 * k, k, job.lanes + begin * k, k, k, out, kRanks}, ranks, end - begin);
+  const int64_t width = branch.width(), last = rank0 + ranks == branch.rank ? width : rank0 + ranks;
+  for (int64_t m = begin; m < end; ++m)
+    for (int64_t rank = rank0; rank < last; ++rank)
+      branch.h[(m - branch.start) * width + rank / 16 * 16 + rank % 2 * 8 + rank % 16 / 2] =
+          rank < branch.rank ? branch.weight * out[(m - begin) * kRanks + rank - rank0] : 0.0f;
+}
+
+// totals += B·h for one tile of outputs and rows begin ≤ m < end.
+void up(const Branch& branch, int64_t tile, int64_t n, int64_t begin, int64_t end, float* totals) {
+  static thread_local Scratch scratch;
+  const int64_t outputs = std::min<int64_t>(kTile, n - tile * kTile), width = branch.width();
+  const bf16* b = branch.b + tile * kTile * branch.rank;
+  int64_t stride = branch.rank;
+  if (tile * kTile + outputs == n && width != branch.rank) {
+    // A row is read in sixteens: what lies past its rank is the next row and meets zeros in h, but after the last row
+    // there may be nothing.
+    stride = width;
+    bf16* copy = scratch.get<bf16>(kTile * width);
+    std::memset(copy, 0, kTile * width * sizeof(bf16));
+    for (int64_t i = 0; i < outputs; ++i)
+      std::memcpy(copy + i * width, b + i * branch.rank, branch.rank * sizeof(bf16));
+    b = copy;
+  } else {
+    for (int64_t i = 0; i < kTile * branch.rank; i += 32) __builtin_prefetch(b + kTile * branch.rank + i);
+  }
+  all_dots<true>({b, stride, branch.h + (begin - branch.start) * width, width, width, totals, kTile}, outputs, end - begin);
+}
+
+struct Buffers {
+  float* panel;   // [64][16]
+  float* scales;  // [2 tiles][k/64][16]
+  float* totals;  // [rows of a chunk, at least 2][16]
+};
+
+// W·x for one tile of outputs and whole groups of rows; totals [rows][16].
+void multiply(const Job& job, const Part& part, int64_t tile, int64_t group0, int64_t group1, const Buffers& b) {
+  const LinearCall& c = job.c;
+  const int64_t begin = job.first_row(group0), end = job.first_row(group1), blocks = c.k / kBlock;
+  if (part.dense != nullptr) {
+    const int64_t outputs = std::min<int64_t>(kTile, part.n - tile * kTile);
+    all_dots<false>({part.dense + tile * kTile * c.k, c.k, job.lanes + begin * c.k, c.k, c.k, b.totals, kTile}, outputs,
+                    end - begin);
+    return;
+  }
+  std::memset(b.totals, 0, (end - begin) * kTile * sizeof(float));
+  tile_scales(part, tile, blocks, b.scales);
+  for (int64_t block = 0; block < blocks; ++block) {
+    expand(part.codes + (tile * blocks + block) * kTile * 32, b.panel);
+    for (int64_t group = group0; group < group1; ++group) {
+      const int64_t first = job.first_row(group), rows = job.first_row(group + 1) - first;
+      add_group(rows, b.panel, job.x + first * c.k + block * kBlock * rows, b.scales + block * kTile,
+                b.totals + (first - begin) * kTile);
     }
-    m += rows;
   }
 }
 
-// All of one tile of outputs for rows begin ≤ m < end, whole groups; totals [end - begin][16].
-void tile_outputs(const Job& job, int64_t p, int64_t tile, int64_t group0, int64_t group1, float* panel, float* scales,
-                  float* totals) {
+// The same for the only row and T tiles; totals [T][16].
+template <int T>
+void multiply_row(const Job& job, const Part& part, int64_t tile, const Buffers& b) {
+  const int64_t blocks = job.c.k / kBlock, distance = blocks * kTile * 32;
+  const uint8_t* codes = part.codes + tile * distance;
+  for (int t = 0; t < T; ++t) tile_scales(part, tile + t, blocks, b.scales + t * blocks * kTile);
+  __m256 total[T][2];
+  for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
+  for (int64_t block = 0; block < blocks; ++block)
+    add_row<T>(codes + block * kTile * 32, distance, job.x + block * kBlock, b.scales + block * kTile, blocks * kTile,
+               total);
+  for (int t = 0; t < T; ++t)
+    for (int half = 0; half < 2; ++half) _mm256_store_ps(b.totals + t * kTile + half * 8, total[t][half]);
+}
+
+// Adds the branches and biases of rows begin ≤ m < end to a tile's totals, and writes them to y.
+void finish(const Job& job, int64_t p, int64_t tile, int64_t begin, int64_t end, float* totals) {
   const LinearCall& c = job.c;
   const Part& part = c.parts[p];
-  const int64_t begin = job.first_row(group0), end = job.first_row(group1);
-  const int64_t outputs = std::min<int64_t>(kTile, part.n - tile * kTile), blocks = c.k / kBlock;
-  std::memset(totals, 0, (end - begin) * kTile * sizeof(float));
-  if (part.dense == nullptr) tile_scales(part, tile, blocks, scales);
-  for (int64_t at = 0; at < c.k; at += kBlock) {
-    const int64_t count = std::min<int64_t>(kBlock, c.k - at);
-    if (part.dense != nullptr) {
-      turn_panel(part.dense + tile * kTile * c.k + at, c.k, outputs, count, panel);
-    } else {
-      expand(part.codes + (tile * blocks + at / kBlock) * kTile * 32, panel);
-    }
-    for (int64_t group = group0; group < group1; ++group) {
-      const int64_t first = job.first_row(group), rows = job.first_row(group + 1) - first;
-      const float* x = job.x + first * c.k + at * rows;
-      float* to = totals + (first - begin) * kTile;
-      if (part.dense != nullptr)
-        add_group<false>(rows, panel, count, x, nullptr, to);
-      else
-        add_group<true>(rows, panel, kBlock, x, scales + at / kBlock * kTile, to);
-    }
-  }
+  const int64_t outputs = std::min<int64_t>(kTile, part.n - tile * kTile);
   for (int64_t i = job.part_branches[p]; i < job.part_branches[p + 1]; ++i) {
     const Branch& branch = job.branches[i];
     const int64_t from = std::max(begin, branch.start), to = std::min(end, branch.stop);
     if (from >= to) continue;
-    for (int64_t rank = 0; rank < branch.rank; rank += kBlock) {
-      const int64_t count = std::min<int64_t>(kBlock, branch.rank - rank);
-      turn_panel(branch.b + tile * kTile * branch.rank + rank, branch.rank, outputs, count, panel);
-      add_ranks(to - from, panel, count, branch.h + (from - branch.start) * branch.rank + rank, branch.rank,
-                totals + (from - begin) * kTile);
-    }
+    up(branch, tile, part.n, from, to, totals + (from - begin) * kTile);
     if (branch.bias != nullptr)
       for (int64_t m = from; m < to; ++m)
         for (int64_t n = 0; n < outputs; ++n)
@@ -318,7 +374,6 @@ void run(void* argument, int thread, int threads) {
   job.pool.barrier();
   const int64_t num_branches = job.part_branches[c.num_parts];
   if (num_branches != 0) {
-    constexpr int64_t kRanks = 8, kRows = 24;
     int64_t count = 0;
     for (int64_t i = 0; i < num_branches; ++i) {
       const Branch& branch = job.branches[i];
@@ -335,15 +390,28 @@ void run(void* argument, int thread, int threads) {
   const int64_t chunks = (c.m * c.k * static_cast<int64_t>(sizeof(float)) + kRowBytes - 1) / kRowBytes;
   const int64_t groups_of_chunk = (job.groups + chunks - 1) / chunks;
   static thread_local Scratch scratch;
-  float* panel = scratch.get<float>(kBlock * kTile + c.k / kBlock * kTile + (groups_of_chunk * kMostRows + 1) * kTile);
-  float* scales = panel + kBlock * kTile;
-  float* totals = scales + c.k / kBlock * kTile;
+  const int64_t scales = 2 * c.k / kBlock * kTile;
+  Buffers b;
+  b.panel = scratch.get<float>(kBlock * kTile + scales + (groups_of_chunk * kMostRows + 2) * kTile);
+  b.scales = b.panel + kBlock * kTile;
+  b.totals = b.scales + scales;
   for (int64_t group = 0; group < job.groups; group += groups_of_chunk) {
+    const int64_t group1 = std::min(group + groups_of_chunk, job.groups);
+    const int64_t begin = job.first_row(group), end = job.first_row(group1);
     int64_t before = 0;
     for (int64_t p = 0; p < c.num_parts; ++p) {
-      const int64_t count = tiles(c.parts[p].n);
-      for (int64_t tile = std::max<int64_t>(mine.begin - before, 0); tile < std::min(mine.end - before, count); ++tile)
-        tile_outputs(job, p, tile, group, std::min(group + groups_of_chunk, job.groups), panel, scales, totals);
+      const Part& part = c.parts[p];
+      const int64_t count = tiles(part.n), last = std::min(mine.end - before, count);
+      for (int64_t tile = std::max<int64_t>(mine.begin - before, 0); tile < last; ++tile) {
+        if (c.m == 1 && part.dense == nullptr && tile + 1 < last) {
+          multiply_row<2>(job, part, tile, b);
+          finish(job, p, tile, 0, 1, b.totals);
+          finish(job, p, ++tile, 0, 1, b.totals + kTile);
+        } else {
+          multiply(job, part, tile, group, group1, b);
+          finish(job, p, tile, begin, end, b.totals);
+        }
+      }
       before += count;
     }
   }
@@ -365,7 +433,9 @@ void LORAMUX_JOIN(linear_, LORAMUX_SET)(Pool& pool, const LinearCall& call) {
     part_branches.reset(new int64_t[part_room]);
   }
   int64_t count = 0, elements = 0;
+  bool dense = false, nf4 = false;
   for (int64_t p = 0; p < call.num_parts; ++p) {
+    (call.parts[p].dense != nullptr ? dense : nf4) = true;
     part_branches[p] = count;
     const int64_t site = call.parts[p].site;
     if (site < 0) continue;
@@ -375,18 +445,18 @@ void LORAMUX_JOIN(linear_, LORAMUX_SET)(Pool& pool, const LinearCall& call) {
       if (segment.start >= segment.stop || rank == 0) continue;
       branches[count++] = {segment.buffer + at[0], segment.buffer + at[1], at[2] < 0 ? nullptr : segment.buffer + at[2],
                            rank, segment.start, segment.stop, segment.weight, nullptr};
-      elements += (segment.stop - segment.start) * rank;
+      elements += (segment.stop - segment.start) * branches[count - 1].width();
     }
   }
   part_branches[call.num_parts] = count;
-  Job job{call, pool, packed.get<float>(call.m * call.k), nullptr, branches.get(), part_branches.get(),
+  Job job{call, pool, packed.get<float>(call.m * call.k), nullptr, nf4, branches.get(), part_branches.get(),
           (call.m + kMostRows - 1) / kMostRows};
+  if (dense || count != 0) job.lanes = lanes.get<float>(call.m * call.k);
   if (count != 0) {
-    job.lanes = lanes.get<float>(call.m * call.k);
     float* h = low_rank.get<float>(elements);
     for (int64_t i = 0; i < count; ++i) {
       branches[i].h = h;
-      h += (branches[i].stop - branches[i].start) * branches[i].rank;
+      h += (branches[i].stop - branches[i].start) * branches[i].width();
     }
   }
   pool.run(run, &job);

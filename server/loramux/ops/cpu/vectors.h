@@ -1,4 +1,4 @@
-// 256-bit vectors: bf16 pairs as two vectors of floats, transpositions, sums. For machines without AMX.
+// 256-bit vectors: bf16 pairs as two vectors of floats, sums, the exponential.
 #pragma once
 
 #include "common.h"
@@ -7,6 +7,7 @@ namespace loramux {
 namespace {
 
 #define LORAMUX_INLINE inline __attribute__((always_inline))
+#define LORAMUX_LAMBDA __attribute__((always_inline))
 
 // Of eight pairs of bf16, the first ones and the second ones.
 LORAMUX_INLINE __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
@@ -17,26 +18,6 @@ LORAMUX_INLINE __m256i load_pairs(const bf16* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 LORAMUX_INLINE __m256 scalar(const float* from) { return _mm256_broadcast_ss(from); }
-
-// Eight rows of eight dwords, transposed in place.
-LORAMUX_INLINE void transpose(__m256i (&r)[8]) {
-  __m256i t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
 
 // The sum of eight lanes, always in this order.
 LORAMUX_INLINE float sum(__m256 v) {
@@ -49,6 +30,30 @@ LORAMUX_INLINE float sum(__m256 v) {
 LORAMUX_INLINE __m128 sums(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+LORAMUX_INLINE float greatest(__m256 v) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+// e^x for x ≤ 0 to float accuracy (Cephes' polynomial); NaN stays NaN.
+LORAMUX_INLINE __m256 exponential(__m256 x) {
+  const auto constant = [](float value) { return _mm256_set1_ps(value); };
+  x = _mm256_max_ps(constant(-87.0f), x);
+  const __m256 whole = _mm256_round_ps(_mm256_mul_ps(x, constant(1.44269504088896341f)),
+                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 rest = _mm256_fnmadd_ps(whole, constant(-2.12194440e-4f), _mm256_fnmadd_ps(whole, constant(0.693359375f), x));
+  __m256 y = constant(1.9875691500e-4f);
+  y = _mm256_fmadd_ps(y, rest, constant(1.3981999507e-3f));
+  y = _mm256_fmadd_ps(y, rest, constant(8.3334519073e-3f));
+  y = _mm256_fmadd_ps(y, rest, constant(4.1665795894e-2f));
+  y = _mm256_fmadd_ps(y, rest, constant(1.6666665459e-1f));
+  y = _mm256_fmadd_ps(y, rest, constant(5.0000001201e-1f));
+  y = _mm256_fmadd_ps(y, _mm256_mul_ps(rest, rest), _mm256_add_ps(rest, constant(1.0f)));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
 }
 
 // Sixteen floats, rounded to nearest even; NaN stays NaN.
