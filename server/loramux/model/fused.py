@@ -1,6 +1,6 @@
-"""Decoder layers of the usual shape in a few calls, where the backend offers fused operations.
+"""Decoder layers of the usual shape in one call, where the backend is native.
 
-A layer is replaced only if its class is one whose forward is known to be this: norm, q/k/v, rotary attention, o,
+Layers are replaced only if their class is one whose forward is known to be this: norm, q/k/v, rotary attention, o,
 residual and norm, silu(gate)·up, down, residual. Everything else keeps running transformers' own code.
 """
 
@@ -15,7 +15,7 @@ from loramux.model.modules import LinearGroup, SiteLinear
 from loramux.model.skeleton import decoder_layers
 from loramux.model.step import Step
 from loramux.ops.backend import FusedOperations
-from loramux.ops.cpu.backend import NativeBackend, NativeLinear
+from loramux.ops.cpu.backend import LayerOperations, NativeBackend, NativeDecoder, NativeLinear
 from loramux.ops.paged import AttentionShape
 
 _LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
@@ -37,52 +37,40 @@ class FusedNorm(nn.Module):
         return self._backend.norm(x.reshape(-1, x.shape[-1]), None, self.weight, self._epsilon)[1].view(x.shape)
 
 
-class FusedLayer(nn.Module):
-    """A Llama-shaped decoder layer. Holds the original as `layer`, which keeps its weights."""
+class FusedDecoder(nn.Module):
+    """All decoder layers of a model, Llama-shaped. Holds the originals as `layers`, which keep the norms' weights."""
 
-    def __init__(
-        self, layer: Any, step: Step, backend: NativeBackend, qkv: NativeLinear, gate_up: NativeLinear
-    ) -> None:
+    def __init__(self, layers: nn.ModuleList, step: Step, operations: list[LayerOperations]) -> None:
         super().__init__()
-        self.layer = layer
-        attention = layer.self_attn
+        self.layers = layers
+        first: Any = layers[0]
+        # Some models choose a layer's mask by this; there are no masks here.
+        self.attention_type = getattr(first, "attention_type", "full_attention")
         self._step = step
-        self._backend = backend
-        self._qkv, self._gate_up = qkv, gate_up
-        self._o, self._down = _native(attention.o_proj), _native(layer.mlp.down_proj)
-        self._index: int = attention.layer_idx
+        self._indices: list[int] = [layer.self_attn.layer_idx for layer in layers]  # type: ignore[union-attr, misc]
+        attention = first.self_attn
         self._dim: int = attention.head_dim
-        self._heads = attention.q_proj.out_features // self._dim
         self._kv_heads = attention.k_proj.out_features // self._dim
-        self._shape = AttentionShape(attention.scaling, getattr(attention, "sliding_window", None))
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        heads = attention.q_proj.out_features // self._dim
+        self._decoder = NativeDecoder(operations, heads, self._kv_heads, self._dim)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any
     ) -> Tensor:
         """[1, T, features] → the same."""
+        step = self._step
         assert position_embeddings is not None
-        step, backend, dim = self._step, self._backend, self._dim
-        first, second = self._norms
-        x = hidden_states[0]
-        _total, y = backend.norm(x, None, first.weight, first.variance_epsilon)
-        assert self._qkv is not None
-        assert self._o is not None
-        assert self._down is not None
-        qkv = self._qkv.run(y, step.segments).view(x.shape[0], -1, dim)
-        heads, both = self._heads, self._heads + self._kv_heads
-        q, k, v = qkv[:, :heads], qkv[:, heads:both], qkv[:, both:]
-        cache = step.caches.get(self._index)
-        if cache is None:
-            cache = step.caches[self._index] = step.make_cache(self._kv_heads, dim, dim)
         assert step.batch is not None
-        step.attention_calls[self._index] = step.attention_calls.get(self._index, 0) + 1
+        caches = []
+        for index in self._indices:
+            cache = step.caches.get(index)
+            if cache is None:
+                cache = step.caches[index] = step.make_cache(self._kv_heads, self._dim, self._dim)
+            caches.append(cache)
+            step.attention_calls[index] = step.attention_calls.get(index, 0) + 1
         cosines, sines = position_embeddings
-        attended = backend.rotary_attention(q, k, v, cosines[0], sines[0], cache, step.batch, self._shape)
-        o = self._o.run(attended.view(x.shape[0], -1), step.segments)
-        x, y = backend.norm(o, x, second.weight, second.variance_epsilon)
-        gated = backend.gate(self._gate_up.run(y, step.segments))
-        return (x + self._down.run(gated, step.segments)).unsqueeze(0)
+        y = self._decoder.run(hidden_states[0], cosines[0], sines[0], caches, step.batch, step.segments)
+        return y.unsqueeze(0)
 
 
 class FusedHead(nn.Module):
@@ -99,50 +87,64 @@ class FusedHead(nn.Module):
         return self._linear.run(x.reshape(-1, x.shape[-1]), self._step.segments).view(*x.shape[:-1], -1)
 
 
-def fuse(model: PreTrainedModel, step: Step) -> int:
-    """Replace what is known to be replaceable, if the backend is native; returns the number of layers replaced."""
+def fuse(model: PreTrainedModel, step: Step) -> bool:
+    """Replace what is known to be replaceable, if the backend is native; returns whether all layers are one call now.
+
+    A model of which some layers are of another shape keeps all of them.
+    """
     backend = step.backend
     if not isinstance(backend, NativeBackend):
-        return 0
+        return False
     path, layers = decoder_layers(model)
-    replaced = 0
-    for index, layer in enumerate(layers):
-        qkv, gate_up = _llama_shaped(layer)
-        if qkv is not None and gate_up is not None:
-            layers[index] = FusedLayer(layer, step, backend, qkv, gate_up)
-            replaced += 1
-    parent, _, _ = path.rpartition(".")
+    operations = [found for found in map(_llama_shaped, layers) if found is not None]
+    parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
-    for name, child in list(holder.named_children()):
+    fused = len(operations) == len(layers)
+    if fused:
+        setattr(holder, name, nn.ModuleList([FusedDecoder(layers, step, operations)]))
+    for child_name, child in list(holder.named_children()):
         if type(child).__name__ in _NORMS:
-            setattr(holder, name, FusedNorm(child, backend))
+            setattr(holder, child_name, FusedNorm(child, backend))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         linear = backend.prepare_dense(head.weight.data, None if head.bias is None else head.bias.data)
         if linear is not None:
             model.set_output_embeddings(FusedHead(head, step, linear))
-    return replaced
+    return fused
 
 
-def _llama_shaped(layer: nn.Module) -> tuple[NativeLinear | None, NativeLinear | None]:
-    """The layer's q/k/v and gate/up operations, or None where it is not of the known shape."""
+def _llama_shaped(layer: Any) -> LayerOperations | None:
+    """The layer's operations, or None where it is not of the known shape."""
     if type(layer).__name__ not in _LAYERS:
-        return None, None
-    attention, mlp = layer.self_attn, layer.mlp
-    assert isinstance(attention, nn.Module)
-    assert isinstance(mlp, nn.Module)
+        return None
+    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+    linears = (
+        _native(attention.q_proj, 3),
+        _native(attention.o_proj),
+        _native(mlp.gate_proj, 2),
+        _native(mlp.down_proj),
+    )
     known = (
         isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation",
-        type(layer.input_layernorm).__name__ in _NORMS,
-        type(layer.post_attention_layernorm).__name__ in _NORMS,
-        _native(attention.o_proj) is not None,
-        _native(mlp.down_proj) is not None,
+        all(type(norm).__name__ in _NORMS for norm in norms),
         # Odd multiples would need padding between heads, which the fused layout has not.
-        attention.q_proj.out_features % attention.head_dim == 0,  # type: ignore[union-attr, operator]
+        attention.q_proj.out_features % attention.head_dim == 0,
+        attention.v_proj.out_features == attention.k_proj.out_features,
     )
-    if not all(known):
-        return None, None
-    return _native(attention.q_proj, 3), _native(mlp.gate_proj, 2)
+    qkv, o, gate_up, down = linears
+    if not all(known) or qkv is None or o is None or gate_up is None or down is None:
+        return None
+    return LayerOperations(
+        qkv,
+        o,
+        gate_up,
+        down,
+        norms[0].weight,
+        float(norms[0].variance_epsilon),
+        norms[1].weight,
+        float(norms[1].variance_epsilon),
+        AttentionShape(attention.scaling, getattr(attention, "sliding_window", None)),
+    )
 
 
 def _native(module: object, members: int = 1) -> NativeLinear | None:

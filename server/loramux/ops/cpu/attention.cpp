@@ -103,7 +103,9 @@ void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, 
   std::memset(b.columns, 0, columns * dims * sizeof(bf16));
   int64_t position[kTile];
   float most[kTile], total[kTile];
-  int64_t earliest = context;
+  const int64_t oldest = context - num_rows + row0, last = oldest + rows - 1;
+  const int64_t earliest = c.window > 0 ? std::max<int64_t>(0, oldest - c.window + 1) / kKeys * kKeys : 0;
+  products.expect(s, head, earliest, last);
   for (int64_t i = 0; i < columns; ++i) {
     const int64_t t = first_row + row0 + i / heads, h = head * job.group + head0 + i % heads;
     const bf16* q = c.q + t * c.q_stride + h * c.dim;
@@ -112,14 +114,13 @@ void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, 
     else
       std::memcpy(b.columns + i * dims, q, c.dim * sizeof(bf16));
     position[i] = context - num_rows + row0 + i / heads;
-    earliest = std::min(earliest, c.window > 0 ? std::max<int64_t>(0, position[i] - c.window + 1) : 0);
     most[i] = c.sinks != nullptr ? c.sinks[h] : kHidden;
     total[i] = c.sinks != nullptr ? 1.0f : 0.0f;
   }
   products.take_queries(b.columns, columns);
-  const int64_t last = position[columns - 1];
   std::memset(b.sums, 0, columns * width * sizeof(float));
-  for (int64_t first = earliest / kKeys * kKeys; first <= last; first += kKeys) {
+  for (int64_t first = earliest; first <= last; first += kKeys) {
+    if (first + kKeys <= last) products.expect(s, head, first + kKeys, last);
     products.score(s, head, first, last, columns, b.lines);
     float shrink[kTile];
     for (int64_t i = 0; i < columns; ++i) {

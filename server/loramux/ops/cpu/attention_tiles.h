@@ -33,6 +33,8 @@ class Products {
     for (int64_t d = 0; d < dims_ / kDepth; ++d) pack_rows(columns + d * kDepth, dims_, count, q_ + d * kElements);
   }
 
+  void expect(int64_t, int64_t, int64_t, int64_t) {}
+
   // lines[column][32] = q·k for the positions first …, of which those beyond `last` may be whatever they are.
   void score(int64_t s, int64_t head, int64_t first, int64_t last, int64_t columns, float* lines) {
     score_half(s, head, first, scores_);

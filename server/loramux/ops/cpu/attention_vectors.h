@@ -36,6 +36,18 @@ class Products {
     }
   }
 
+  // Asks for the keys and values of the step at `first`: short rows, far apart, that no hardware foresees.
+  void expect(int64_t s, int64_t head, int64_t first, int64_t last) {
+    const bf16* rows[kKeys];
+    const int64_t count = std::min<int64_t>(kKeys, last - first + 1);
+    locate(c_.keys, c_.dim, s, head, first, count, rows);
+    for (int64_t key = 0; key < count; ++key)
+      for (int64_t d = 0; d < c_.dim; d += 32) __builtin_prefetch(rows[key] + d);
+    locate(c_.values, c_.value_dim, s, head, first, count, rows);
+    for (int64_t key = 0; key < count; ++key)
+      for (int64_t d = 0; d < c_.value_dim; d += 32) __builtin_prefetch(rows[key] + d);
+  }
+
   // lines[column][32] = q·k for the positions first …; those beyond `last` count as zeros.
   void score(int64_t s, int64_t head, int64_t first, int64_t last, int64_t columns, float* lines) {
     const bf16* rows[kKeys];
@@ -73,20 +85,24 @@ class Products {
   void find(const bf16* cache, int64_t dim, int64_t s, int64_t head, int64_t first, int64_t last, const bf16** rows) {
     alignas(64) static const bf16 nothing[1024] = {};
     const int64_t padded = tiles(dim) * kTile;
-    const int count = static_cast<int>(std::min<int64_t>(kKeys, last - first + 1));
-    for (int key = count; key < kKeys; ++key) rows[key] = nothing;
-    for (int key = 0; key < count;) {
-      // Within a block, positions follow each other.
-      const bf16* row = cache + (slot(c_, s, first + key) * c_.kv_heads + head) * dim;
-      const int64_t here = std::min<int64_t>(count - key, c_.block_size - (first + key) % c_.block_size);
-      for (int64_t i = 0; i < here; ++i, ++key, row += c_.kv_heads * dim) rows[key] = row;
-    }
+    const int64_t count = std::min<int64_t>(kKeys, last - first + 1);
+    for (int64_t key = count; key < kKeys; ++key) rows[key] = nothing;
+    locate(cache, dim, s, head, first, count, rows);
     if (padded == dim) return;
-    for (int key = 0; key < count; ++key) {
+    for (int64_t key = 0; key < count; ++key) {
       bf16* copy = staging_ + key * padded;
       std::memset(copy, 0, padded * sizeof(bf16));
       std::memcpy(copy, rows[key], dim * sizeof(bf16));
       rows[key] = copy;
+    }
+  }
+
+  // Where `count` positions stand in the cache. Within a block they follow each other.
+  void locate(const bf16* cache, int64_t dim, int64_t s, int64_t head, int64_t first, int64_t count, const bf16** rows) {
+    for (int64_t key = 0; key < count;) {
+      const bf16* row = cache + (slot(c_, s, first + key) * c_.kv_heads + head) * dim;
+      const int64_t here = std::min<int64_t>(count - key, c_.block_size - (first + key) % c_.block_size);
+      for (int64_t i = 0; i < here; ++i, ++key, row += c_.kv_heads * dim) rows[key] = row;
     }
   }
 

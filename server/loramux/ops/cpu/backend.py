@@ -34,6 +34,7 @@ class NativeLinear(Linear):
     """Parts in tile order, and their addresses in one tensor (the words of `Part` in linear.h)."""
 
     def __init__(self, words: list[list[int]], keep: list[object], nbytes: int, numel: int) -> None:
+        self.words = words
         self._plan = torch.tensor(words, dtype=torch.int64)
         self._keep = keep
         self._bounds = [(row[10], row[10] + row[8]) for row in words]
@@ -52,6 +53,83 @@ class NativeLinear(Linear):
     def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
         y = self.run(x, segments)
         return tuple(y[:, begin:end] for begin, end in self._bounds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerOperations:
+    """A Llama-shaped decoder layer: its linear operations, norms [hidden] with their epsilons, and its attention."""
+
+    qkv: NativeLinear
+    o: NativeLinear
+    gate_up: NativeLinear
+    down: NativeLinear
+    input_norm: Tensor
+    input_epsilon: float
+    post_attention_norm: Tensor
+    post_attention_epsilon: float
+    shape: AttentionShape
+
+
+class NativeDecoder:
+    """A stack of Llama-shaped layers with `heads` and `kv_heads` of `dim`, run in one call (decoder.cpp)."""
+
+    def __init__(self, layers: Sequence[LayerOperations], heads: int, kv_heads: int, dim: int) -> None:
+        """Takes shapes without softcap and sinks."""
+        assert all(layer.shape.softcap is None and layer.shape.sinks is None for layer in layers)
+        self._layers = tuple(layers)
+        self._heads = heads, kv_heads, dim
+        self._inner = layers[0].gate_up.width // 2
+        self._caches: tuple[LayerCache, ...] = ()
+        self._plan = torch.empty(0, dtype=torch.int64)
+
+    def run(
+        self,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        caches: Sequence[LayerCache],
+        batch: PagedBatch,
+        segments: BoundSegments,
+    ) -> Tensor:
+        """x [T, hidden], cosines and sines [T, dim], a cache a layer → [T, hidden]; writes the rows' keys and values."""
+        assert isinstance(segments, NativeSegments)
+        if self._caches != tuple(caches):
+            self._caches = tuple(caches)
+            words = [_layer_words(*pair) for pair in zip(self._layers, caches, strict=True)]
+            self._plan = torch.tensor(words, dtype=torch.int64)
+        y = x.clone(memory_format=torch.contiguous_format)
+        torch.ops.loramux_cpu.decoder(
+            y,
+            self._plan,
+            segments.table,
+            cosines.contiguous(),
+            sines.contiguous(),
+            batch.slots,
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            *self._heads,
+            self._inner,
+            caches[0].keys.shape[1],
+        )
+        return y
+
+
+def _layer_words(layer: LayerOperations, cache: LayerCache) -> list[int]:
+    """The words of `Part` seven times, then those that module.cpp reads into a `Layer`."""
+    parts = [*layer.qkv.words, *layer.o.words, *layer.gate_up.words, *layer.down.words]
+    assert len(parts) == 7
+    return [
+        *(word for part in parts for word in part),
+        layer.input_norm.data_ptr(),
+        layer.post_attention_norm.data_ptr(),
+        _bits(layer.input_epsilon),
+        _bits(layer.post_attention_epsilon),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        layer.shape.sliding_window or 0,
+        _bits(layer.shape.scaling),
+    ]
 
 
 class NativeBackend(Backend, FusedOperations):

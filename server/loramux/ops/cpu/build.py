@@ -109,6 +109,7 @@ def compile_to(target: Path, compiler: str = "g++", extra: tuple[str, ...] = ())
         for isa, flags in ISAS.items()
         for kernel in SOURCES[isa]
     ]
+    jobs.append(("decoder", (str(HERE / "decoder.cpp"),)))
     jobs.append(("module", (*include, str(HERE / "module.cpp"))))
 
     def compile_one(job: tuple[str, tuple[str, ...]]) -> Path:

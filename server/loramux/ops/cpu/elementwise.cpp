@@ -21,6 +21,8 @@ void norm_rows(const NormCall& c, int64_t begin, int64_t end) {
     if (c.residual != nullptr) {
       const bf16* residual = c.residual + r * c.width;
       bf16* sum = c.sum + r * c.width;
+      // `sum` may be x itself, element for element.
+#pragma GCC ivdep
       for (int64_t i = 0; i < c.width; ++i) sum[i] = to_bf16(to_float(x[i]) + to_float(residual[i]));
       x = sum;
     }

@@ -14,9 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "attention.h"
-#include "elementwise.h"
-#include "linear.h"
+#include "decoder.h"
 
 namespace {
 
@@ -24,11 +22,14 @@ using torch::stable::Tensor;
 using namespace loramux;
 
 enum Isa : int64_t { kAvx2 = 0, kAvx512 = 1, kAmx = 2 };
-Isa g_isa = kAvx2;
+constexpr Kernels kKernels[] = {{linear_avx2, attention_avx2, norm_avx2, gate_avx2},
+                                {linear_avx512, attention_avx512, norm_avx512, gate_avx512},
+                                {linear_amx, attention_amx, norm_amx, gate_amx}};
+const Kernels* g_kernels = kKernels;
 std::unique_ptr<Pool> g_pool;
 
-// Words of a part in `plan`, and of a segment in `segments`.
-constexpr int64_t kPartWords = 11, kSegmentWords = 6;
+// Words of a part, of a segment, and of what a decoder layer has besides its seven parts.
+constexpr int64_t kPartWords = 11, kSegmentWords = 6, kLayerWords = 8;
 
 float float_of(int64_t word) {
   const uint32_t bits = static_cast<uint32_t>(word);
@@ -43,42 +44,33 @@ bool configure(int64_t isa, int64_t threads) {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return false;
   }
-  g_isa = static_cast<Isa>(isa);
+  g_kernels = kKernels + isa;
   if (g_pool == nullptr || g_pool->threads() != threads) g_pool.release(), g_pool.reset(new Pool(static_cast<int>(threads)));
   return true;
 }
 
-void linear(Tensor x, Tensor plan, Tensor segments, Tensor y) {
-  STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::BFloat16 && x.dim() == 2 && x.stride(1) == 1, "x");
-  STD_TORCH_CHECK(y.scalar_type() == torch::headeronly::ScalarType::BFloat16 && y.dim() == 2 && y.stride(1) == 1 && y.size(0) == x.size(0), "y");
-  static thread_local std::vector<Part> parts;
-  static thread_local std::vector<Segment> branches;
-  const int64_t* word = static_cast<const int64_t*>(plan.const_data_ptr());
-  const int64_t num_parts = plan.numel() / kPartWords;
-  parts.resize(num_parts);
-  for (int64_t i = 0; i < num_parts; ++i, word += kPartWords) {
-    parts[i] = {reinterpret_cast<const uint8_t*>(word[0]), reinterpret_cast<const bf16*>(word[1]),
-                reinterpret_cast<const uint8_t*>(word[2]), reinterpret_cast<const float*>(word[3]),
-                reinterpret_cast<const float*>(word[4]),   reinterpret_cast<const float*>(word[5]),
-                reinterpret_cast<const float*>(word[6]),   float_of(word[7]),
-                word[8], word[9], word[10]};
+template <typename T>
+T* pointer(int64_t word) {
+  return reinterpret_cast<T*>(word);
+}
+
+Part part(const int64_t* word) {
+  return {pointer<const uint8_t>(word[0]), pointer<const bf16>(word[1]), pointer<const uint8_t>(word[2]),
+          pointer<const float>(word[3]), pointer<const float>(word[4]), pointer<const float>(word[5]),
+          pointer<const float>(word[6]), float_of(word[7]), word[8], word[9], word[10]};
+}
+
+// The segments of a step; valid until this thread asks again.
+const std::vector<Segment>& segments_of(const Tensor& table) {
+  static thread_local std::vector<Segment> segments;
+  segments.resize(table.numel() / kSegmentWords);
+  const int64_t* word = static_cast<const int64_t*>(table.const_data_ptr());
+  for (Segment& segment : segments) {
+    segment = {word[0], word[1], float_of(word[2]), pointer<const bf16>(word[3]), pointer<const int64_t>(word[4]),
+               pointer<const int32_t>(word[5])};
+    word += kSegmentWords;
   }
-  word = static_cast<const int64_t*>(segments.const_data_ptr());
-  const int64_t num_segments = segments.numel() / kSegmentWords;
-  branches.resize(num_segments);
-  for (int64_t i = 0; i < num_segments; ++i, word += kSegmentWords) {
-    branches[i] = {word[0], word[1], float_of(word[2]), reinterpret_cast<const bf16*>(word[3]),
-                   reinterpret_cast<const int64_t*>(word[4]), reinterpret_cast<const int32_t*>(word[5])};
-  }
-  const LinearCall call{static_cast<const bf16*>(x.const_data_ptr()), x.size(0), x.size(1), x.stride(0),
-                        static_cast<bf16*>(y.mutable_data_ptr()), y.stride(0), parts.data(), num_parts,
-                        branches.data(), num_segments};
-  if (call.m == 0) return;
-  switch (g_isa) {
-    case kAmx: linear_amx(*g_pool, call); break;
-    case kAvx512: linear_avx512(*g_pool, call); break;
-    default: linear_avx2(*g_pool, call);
-  }
+  return segments;
 }
 
 template <typename T>
@@ -92,6 +84,19 @@ T* out(const Tensor& t) {
 void check(const Tensor& t, int64_t dims, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::BFloat16 && t.dim() == dims && t.stride(dims - 1) == 1,
                   what, " must be bfloat16 with dense rows");
+}
+
+void linear(Tensor x, Tensor plan, Tensor segments, Tensor y) {
+  check(x, 2, "x");
+  check(y, 2, "y");
+  STD_TORCH_CHECK(y.size(0) == x.size(0), "x and y must have the same rows");
+  if (x.size(0) == 0) return;
+  static thread_local std::vector<Part> parts;
+  parts.resize(plan.numel() / kPartWords);
+  for (size_t i = 0; i < parts.size(); ++i) parts[i] = part(in<int64_t>(plan) + i * kPartWords);
+  const std::vector<Segment>& branches = segments_of(segments);
+  g_kernels->linear(*g_pool, {in<bf16>(x), x.size(0), x.size(1), x.stride(0), out<bf16>(y), y.stride(0), parts.data(),
+                              static_cast<int64_t>(parts.size()), branches.data(), static_cast<int64_t>(branches.size())});
 }
 
 void attention(Tensor q, Tensor k, Tensor v, Tensor cosines, Tensor sines, Tensor keys, Tensor values, Tensor slots,
@@ -109,32 +114,60 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cosines, Tensor sines, Tenso
                            tables.stride(0), static_cast<float>(scaling), static_cast<float>(softcap), window,
                            in<float>(sinks)};
   if (call.rows == 0) return;
-  switch (g_isa) {
-    case kAmx: attention_amx(*g_pool, call); break;
-    case kAvx512: attention_avx512(*g_pool, call); break;
-    default: attention_avx2(*g_pool, call);
-  }
+  g_kernels->attention(*g_pool, call);
 }
 
 void norm(Tensor x, Tensor residual, Tensor weight, double epsilon, Tensor sum, Tensor y) {
   const int64_t width = weight.numel();
   const NormCall call{in<bf16>(x), in<bf16>(residual), in<bf16>(weight), residual.numel() == 0 ? nullptr : out<bf16>(sum),
                       out<bf16>(y), x.numel() / width, width, static_cast<float>(epsilon)};
-  switch (g_isa) {
-    case kAmx: norm_amx(*g_pool, call); break;
-    case kAvx512: norm_avx512(*g_pool, call); break;
-    default: norm_avx2(*g_pool, call);
-  }
+  g_kernels->norm(*g_pool, call);
 }
 
 void gate(Tensor both, Tensor y) {
   const int64_t width = y.size(y.dim() - 1);
   const GateCall call{in<bf16>(both), out<bf16>(y), y.numel() / width, width};
-  switch (g_isa) {
-    case kAmx: gate_amx(*g_pool, call); break;
-    case kAvx512: gate_avx512(*g_pool, call); break;
-    default: gate_avx2(*g_pool, call);
+  g_kernels->gate(*g_pool, call);
+}
+
+void decoder(Tensor x, Tensor plan, Tensor segments, Tensor cosines, Tensor sines, Tensor slots, Tensor query_starts,
+             Tensor contexts, Tensor tables, int64_t heads, int64_t kv_heads, int64_t dim, int64_t inner,
+             int64_t block_size) {
+  check(x, 2, "x");
+  check(cosines, 2, "cosines");
+  check(sines, 2, "sines");
+  STD_TORCH_CHECK(x.stride(0) == x.size(1) && cosines.stride(0) == dim && sines.stride(0) == dim, "rows must be dense");
+  if (x.size(0) == 0) return;
+  constexpr int64_t kWords = 7 * kPartWords + kLayerWords;
+  static thread_local std::vector<Layer> layers;
+  layers.resize(plan.numel() / kWords);
+  const int64_t* word = in<int64_t>(plan);
+  for (Layer& layer : layers) {
+    Part parts[7];
+    for (Part& p : parts) p = part(word), word += kPartWords;
+    layer = {{parts[0], parts[1], parts[2]}, parts[3], {parts[4], parts[5]}, parts[6],
+             pointer<const bf16>(word[0]), pointer<const bf16>(word[1]), float_of(word[2]), float_of(word[3]),
+             pointer<bf16>(word[4]), pointer<bf16>(word[5]), word[6], float_of(word[7])};
+    word += kLayerWords;
   }
+  AttentionCall attention{};
+  attention.cosines = in<bf16>(cosines);
+  attention.sines = in<bf16>(sines);
+  attention.slots = in<int64_t>(slots);
+  attention.query_starts = in<int32_t>(query_starts);
+  attention.contexts = in<int32_t>(contexts);
+  attention.tables = in<int32_t>(tables);
+  attention.rows = x.size(0);
+  attention.heads = heads;
+  attention.kv_heads = kv_heads;
+  attention.dim = attention.value_dim = dim;
+  attention.block_size = block_size;
+  attention.sequences = contexts.numel();
+  attention.table_stride = tables.stride(0);
+  const std::vector<Segment>& branches = segments_of(segments);
+  decode(*g_kernels, *g_pool, {out<bf16>(x), x.size(0), x.size(1), inner, layers.data(),
+                               static_cast<int64_t>(layers.size()), branches.data(),
+                               static_cast<int64_t>(branches.size()), attention});
 }
 
 }  // namespace
@@ -148,6 +181,10 @@ STABLE_TORCH_LIBRARY(loramux_cpu, m) {
       "float softcap, int window) -> ()");
   m.def("norm(Tensor x, Tensor residual, Tensor weight, float epsilon, Tensor(a!) sum, Tensor(b!) y) -> ()");
   m.def("gate(Tensor both, Tensor(a!) y) -> ()");
+  m.def(
+      "decoder(Tensor(a!) x, Tensor plan, Tensor segments, Tensor cosines, Tensor sines, Tensor slots, "
+      "Tensor query_starts, Tensor contexts, Tensor tables, int heads, int kv_heads, int dim, int inner, "
+      "int block_size) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(loramux_cpu, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
@@ -157,4 +194,5 @@ STABLE_TORCH_LIBRARY_IMPL(loramux_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("norm", TORCH_BOX(&norm));
   m.impl("gate", TORCH_BOX(&gate));
+  m.impl("decoder", TORCH_BOX(&decoder));
 }
