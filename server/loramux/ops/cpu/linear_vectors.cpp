@@ -151,6 +151,22 @@ LORAMUX_INLINE void add_group(int64_t rows, const float* panel, const float* x, 
   }
 }
 
+// Asks for the weights that come next, a piece at a time: they are read once, from memory, and waiting for them would
+// take as long as the arithmetic. Past the end this is harmless.
+class Ahead {
+ public:
+  Ahead(const void* from, int64_t bytes, int64_t pieces)
+      : at_(static_cast<const char*>(from)), end_(at_ + bytes), piece_((bytes / pieces + 63) / 64 * 64) {}
+  LORAMUX_INLINE void fetch() {
+    const char* stop = std::min(at_ + piece_, end_);
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t piece_;
+};
+
 // Rows of bf16 weights, and rows of inputs in lanes: sixteen elements as eight evens, then eight odds.
 struct Dots {
   const bf16* weights;
@@ -162,8 +178,8 @@ struct Dots {
   int64_t out_stride;
 };
 
-// out[g][r] = weights[r]·lanes[g], or is increased by that.
-template <int R, int G, bool kAdd>
+// out[g][r] = weights[r]·lanes[g], or is increased by that. kStream: asks for the R rows that come next.
+template <int R, int G, bool kAdd, bool kStream>
 LORAMUX_INLINE void dots(const Dots& d, int64_t r0, int64_t g0) {
   static_assert(R % 4 == 0 || R == 1);
   const bf16* w = d.weights + r0 * d.weights_stride;
@@ -176,8 +192,7 @@ LORAMUX_INLINE void dots(const Dots& d, int64_t r0, int64_t g0) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m256i pairs = load_pairs(w + r * d.weights_stride + i);
-      // The rows that come next: weights are read once, from memory, and waiting for them is most of the time.
-      if constexpr (G == 1 && !kAdd) __builtin_prefetch(w + (R + r) * d.weights_stride + i);
+      if constexpr (kStream) __builtin_prefetch(w + (R + r) * d.weights_stride + i, 0, 2);
       const __m256 even = evens(pairs), odd = odds(pairs);
 #pragma GCC unroll 3
       for (int g = 0; g < G; ++g) {
@@ -201,21 +216,31 @@ LORAMUX_INLINE void dots(const Dots& d, int64_t r0, int64_t g0) {
   }
 }
 
-template <int G, bool kAdd>
-void dots_of(const Dots& d, int64_t weights_rows, int64_t g) {
+template <int G, bool kAdd, bool kStream>
+LORAMUX_INLINE void dots_of(const Dots& d, int64_t weights_rows, int64_t g, Ahead* ahead) {
   int64_t r = 0;
   if constexpr (G == 1)
-    for (; r + 8 <= weights_rows; r += 8) dots<8, 1, kAdd>(d, r, g);
-  for (; r + 4 <= weights_rows; r += 4) dots<4, G, kAdd>(d, r, g);
-  for (; r < weights_rows; ++r) dots<1, G, kAdd>(d, r, g);
+    for (; r + 8 <= weights_rows; r += 8) dots<8, 1, kAdd, kStream>(d, r, g);
+  for (; r + 4 <= weights_rows; r += 4) {
+    if constexpr (!kStream) ahead->fetch();
+    dots<4, G, kAdd, kStream>(d, r, g);
+  }
+  for (; r < weights_rows; ++r) dots<1, G, kAdd, false>(d, r, g);
 }
 
 template <bool kAdd>
 void all_dots(const Dots& d, int64_t weights_rows, int64_t lanes_rows) {
+  switch (lanes_rows) {  // one pass over the weights
+    case 1: return dots_of<1, kAdd, true>(d, weights_rows, 0, nullptr);
+    case 2: return dots_of<2, kAdd, true>(d, weights_rows, 0, nullptr);
+    case 3: return dots_of<3, kAdd, true>(d, weights_rows, 0, nullptr);
+  }
+  const int64_t pieces = std::max<int64_t>(1, lanes_rows / 3 * (weights_rows / 4));
+  Ahead ahead(d.weights + weights_rows * d.weights_stride, weights_rows * d.weights_stride * sizeof(bf16), pieces);
   int64_t g = 0;
-  for (; g + 3 <= lanes_rows; g += 3) dots_of<3, kAdd>(d, weights_rows, g);
-  if (g + 2 == lanes_rows) dots_of<2, kAdd>(d, weights_rows, g);
-  if (g + 1 == lanes_rows) dots_of<1, kAdd>(d, weights_rows, g);
+  for (; g + 3 <= lanes_rows; g += 3) dots_of<3, kAdd, false>(d, weights_rows, g, &ahead);
+  if (g + 2 == lanes_rows) dots_of<2, kAdd, false>(d, weights_rows, g, &ahead);
+  if (g + 1 == lanes_rows) dots_of<1, kAdd, false>(d, weights_rows, g, &ahead);
 }
 
 // ---- The operation -------------------------------------------------------------------------------------------------
@@ -290,8 +315,6 @@ void up(const Branch& branch, int64_t tile, int64_t n, int64_t begin, int64_t en
     for (int64_t i = 0; i < outputs; ++i)
       std::memcpy(copy + i * width, b + i * branch.rank, branch.rank * sizeof(bf16));
     b = copy;
-  } else {
-    for (int64_t i = 0; i < kTile * branch.rank; i += 32) __builtin_prefetch(b + kTile * branch.rank + i);
   }
   all_dots<true>({b, stride, branch.h + (begin - branch.start) * width, width, width, totals, kTile}, outputs, end - begin);
 }
@@ -315,7 +338,9 @@ void multiply(const Job& job, const Part& part, int64_t tile, int64_t group0, in
   std::memset(b.totals, 0, (end - begin) * kTile * sizeof(float));
   tile_scales(part, tile, blocks, b.scales);
   for (int64_t block = 0; block < blocks; ++block) {
-    expand(part.codes + (tile * blocks + block) * kTile * 32, b.panel);
+    const uint8_t* codes = part.codes + (tile * blocks + block) * kTile * 32;
+    Ahead(codes + 2 * kTile * 32, kTile * 32, 1).fetch();
+    expand(codes, b.panel);
     for (int64_t group = group0; group < group1; ++group) {
       const int64_t first = job.first_row(group), rows = job.first_row(group + 1) - first;
       add_group(rows, b.panel, job.x + first * c.k + block * kBlock * rows, b.scales + block * kTile,
