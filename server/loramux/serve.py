@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -34,6 +35,9 @@ async def run(settings: Settings, console: Console, ports_file: Path | None = No
     with tensors(console, f"Loading {settings.model}") as progress:
         loaded = await asyncio.to_thread(prepare_model, settings, progress)
     application = assemble(settings, loaded)
+    # Hundreds of thousands of objects by now, all here to stay: a full collection that walks them is felt as a pause.
+    gc.collect()
+    gc.freeze()
     await application.engine.start()
     try:
         addresses = await application.server.start()
