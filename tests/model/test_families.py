@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from loramux.errors import UnsupportedModel
+from loramux.model.causal_lm import flat_inputs
 from loramux.model.loading import dequantized_model, load_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -35,6 +37,25 @@ def test_flat_driving_equals_generate(family: str, tmp_path: Path) -> None:
     assert greedy_flat(model, PROMPTS, 16) == expected
     assert greedy_flat(model, PROMPTS, 16, chunk=4) == expected
     assert greedy_flat(model, PROMPTS[:1], 16) == expected[:1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_bfloat16_follows_the_oracle(family: str, tmp_path: Path) -> None:
+    """These families run as one native call where there is one; fp32 above never does."""
+    folder = str(save_tiny(family, tmp_path))
+    oracle = dequantized_model(folder, attention="eager")
+    model = load_model(folder, device="cpu", dtype="bf16").model
+    got = model.forward(flat_inputs([(prompt, 0) for prompt in PROMPTS], 4)).float()
+    expected = torch.cat([oracle(torch.tensor([prompt])).logits[0] for prompt in PROMPTS])
+    assert (got - expected).norm() / expected.norm() < 0.03
+
+
+def test_a_step_of_prompt_chunks_needs_no_logits(tmp_path: Path) -> None:
+    """A chunk that ends before its prompt does wants none, and a batch of nothing else failed as a whole."""
+    for dtype in ("fp32", "bf16"):
+        model = load_model(str(save_tiny("llama", tmp_path / dtype)), device="cpu", dtype=dtype).model
+        inputs = flat_inputs([(PROMPTS[0], 0)], 4)
+        assert model.forward(replace(inputs, logits_rows=inputs.logits_rows[:0])).shape == (0, model.vocab_size)
 
 
 def test_sliding_window_matters(tmp_path: Path) -> None:

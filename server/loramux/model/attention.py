@@ -49,7 +49,7 @@ def paged_attention(
         cache = step.caches[layer] = step.make_cache(k.shape[1], k.shape[2], v.shape[2])
     assert step.batch is not None
     step.attention_calls[layer] = step.attention_calls.get(layer, 0) + 1
-    shape = AttentionShape(
+    shape = step.attention_shapes[layer] = AttentionShape(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,
         softcap=softcap,

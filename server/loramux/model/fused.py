@@ -6,6 +6,7 @@ residual and norm, silu(gate)·up, down, residual. Everything else keeps running
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from loramux.model.skeleton import decoder_layers
 from loramux.model.step import Step
 from loramux.ops.backend import FusedOperations
 from loramux.ops.cpu.backend import LayerOperations, NativeBackend, NativeDecoder, NativeLinear
-from loramux.ops.paged import AttentionShape
 
 _LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
 _NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
@@ -83,20 +83,27 @@ class FusedHead(nn.Module):
         self._linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, R, features] → [1, R, vocabulary]."""
-        return self._linear.run(x.reshape(-1, x.shape[-1]), self._step.segments).view(*x.shape[:-1], -1)
+        """[1, R, features] → [1, R, vocabulary]; R may be 0, in a step of prompt chunks only."""
+        y = self._linear.run(x.reshape(-1, x.shape[-1]), self._step.segments)
+        return y.view(*x.shape[:-1], self._linear.width)
 
 
-def fuse(model: PreTrainedModel, step: Step) -> bool:
+def fuse(model: PreTrainedModel, step: Step, probe: Callable[[], object]) -> bool:
     """Replace what is known to be replaceable, if the backend is native; returns whether all layers are one call now.
 
-    A model of which some layers are of another shape keeps all of them.
+    A model of which some layers are of another shape keeps all of them. `probe` runs the model as it is, once, to
+    learn what each layer's attention asks for (its window, its scaling): some layers keep that in attributes, some in
+    the configuration.
     """
     backend = step.backend
     if not isinstance(backend, NativeBackend):
         return False
     path, layers = decoder_layers(model)
-    operations = [found for found in map(_llama_shaped, layers) if found is not None]
+    operations: list[LayerOperations] = []
+    if all(_llama_shaped(layer) for layer in layers):
+        probe()
+        found = [_operations(layer, step) for layer in layers]
+        operations = [operation for operation in found if operation is not None]
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     fused = len(operations) == len(layers)
@@ -113,26 +120,29 @@ def fuse(model: PreTrainedModel, step: Step) -> bool:
     return fused
 
 
-def _llama_shaped(layer: Any) -> LayerOperations | None:
-    """The layer's operations, or None where it is not of the known shape."""
+def _llama_shaped(layer: Any) -> bool:
+    """Whether the layer's class is known, and this one is built as that class usually is."""
     if type(layer).__name__ not in _LAYERS:
-        return None
-    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-    linears = (
-        _native(attention.q_proj, 3),
-        _native(attention.o_proj),
-        _native(mlp.gate_proj, 2),
-        _native(mlp.down_proj),
-    )
-    known = (
-        isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation",
-        all(type(norm).__name__ in _NORMS for norm in norms),
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation")
+        and all(type(norm).__name__ in _NORMS for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         # Odd multiples would need padding between heads, which the fused layout has not.
-        attention.q_proj.out_features % attention.head_dim == 0,
-        attention.v_proj.out_features == attention.k_proj.out_features,
+        and attention.q_proj.out_features % attention.head_dim == 0
+        and attention.v_proj.out_features == attention.k_proj.out_features
     )
-    qkv, o, gate_up, down = linears
-    if not all(known) or qkv is None or o is None or gate_up is None or down is None:
+
+
+def _operations(layer: Any, step: Step) -> LayerOperations | None:
+    """The operations of a Llama-shaped layer that has run once; None if one of them is not native."""
+    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+    qkv, o = _native(attention.q_proj, 3), _native(attention.o_proj)
+    gate_up, down = _native(mlp.gate_proj, 2), _native(mlp.down_proj)
+    shape = step.attention_shapes[attention.layer_idx]
+    if qkv is None or o is None or gate_up is None or down is None:
+        return None
+    if shape.softcap is not None or shape.sinks is not None:
         return None
     return LayerOperations(
         qkv,
@@ -143,7 +153,7 @@ def _llama_shaped(layer: Any) -> LayerOperations | None:
         float(norms[0].variance_epsilon),
         norms[1].weight,
         float(norms[1].variance_epsilon),
-        AttentionShape(attention.scaling, getattr(attention, "sliding_window", None)),
+        shape,
     )
 
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from loramux.errors import StartupError, UnsupportedModel
 from loramux.model.attention import NAME as ATTENTION
-from loramux.model.causal_lm import CausalLM
+from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.fused import fuse
-from loramux.model.selftest import prove_flat
+from loramux.model.selftest import BLOCK, prove_flat
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
@@ -65,11 +65,10 @@ def load_model(
 
     def make_cache(heads: int, key_dim: int, value_dim: int) -> LayerCache:
         # Only until the KV cache proper is allocated: room for the self-test's first pass.
-        return LayerCache.allocate(8, 4, heads, key_dim, value_dim, compute, place)
+        return LayerCache.allocate(8, BLOCK, heads, key_dim, value_dim, compute, place)
 
     step = Step(backend or select_backend(place, compute), make_cache)
     connect(skeleton, linears, step)
-    fuse(skeleton, step)
     model = CausalLM(
         opened.name,
         skeleton,
@@ -80,6 +79,7 @@ def load_model(
         compute,
         _context(opened, max_context),
     )
+    fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
     prove_flat(model)
     return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer))
 

@@ -13,7 +13,7 @@ from loramux.errors import UnsupportedModel
 from loramux.model.attention import FlatAttentionError
 from loramux.model.causal_lm import CausalLM, flat_inputs
 
-_BLOCK = 4
+BLOCK = 4  # tokens of a KV block until the cache proper is allocated
 
 
 def prove_flat(model: CausalLM) -> None:
@@ -27,7 +27,7 @@ def prove_flat(model: CausalLM) -> None:
     try:
         # The first pass shows each layer's shape; caches are made as they are met.
         model.attention_calls.clear()
-        alone_first = model.forward(flat_inputs([(first, 0)], _BLOCK))
+        alone_first = model.forward(flat_inputs([(first, 0)], BLOCK))
         calls = dict(model.attention_calls)
         layers = set(range(model.facts.layers))
         if set(calls) != layers or set(calls.values()) != {1}:
@@ -35,12 +35,12 @@ def prove_flat(model: CausalLM) -> None:
                 f"{name}: attention went through transformers' AttentionInterface in {len(calls)} of "
                 f"{len(layers)} layers; its modeling code does its own attention, which cannot be paged"
             )
-        model.allocate_kv(8, _BLOCK)
-        alone_second = model.forward(flat_inputs([(second, 0)], _BLOCK))
-        together = model.forward(flat_inputs([(first, 0), (second, 0)], _BLOCK))
+        model.allocate_kv(8, BLOCK)
+        alone_second = model.forward(flat_inputs([(second, 0)], BLOCK))
+        together = model.forward(flat_inputs([(first, 0), (second, 0)], BLOCK))
         _same(name, "two sequences in one flat pass", together, torch.cat((alone_first, alone_second)))
-        model.forward(flat_inputs([(first, 0), (second[:4], 0)], _BLOCK))
-        rest = model.forward(flat_inputs([(first, 4), (second, 4)], _BLOCK))
+        model.forward(flat_inputs([(first, 0), (second[:4], 0)], BLOCK))
+        rest = model.forward(flat_inputs([(first, 4), (second, 4)], BLOCK))
         expected = torch.cat((alone_first[4:], alone_second[4:]))
         _same(name, "a sequence in two chunks", rest, expected)
     except FlatAttentionError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from loramux.ops.backend import Backend
-from loramux.ops.paged import LayerCache, PagedBatch
+from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 
 
 class Step:
@@ -15,7 +15,7 @@ class Step:
     Owned by the thread that runs the model.
     """
 
-    __slots__ = ("attention_calls", "backend", "batch", "caches", "make_cache", "segments")
+    __slots__ = ("attention_calls", "attention_shapes", "backend", "batch", "caches", "make_cache", "segments")
 
     def __init__(self, backend: Backend, make_cache: Callable[[int, int, int], LayerCache]) -> None:
         self.backend = backend
@@ -24,3 +24,4 @@ class Step:
         self.caches: dict[int, LayerCache] = {}
         self.make_cache = make_cache
         self.attention_calls: dict[int, int] = {}
+        self.attention_shapes: dict[int, AttentionShape] = {}  # what each layer last asked for

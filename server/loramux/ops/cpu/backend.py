@@ -91,7 +91,7 @@ class NativeDecoder:
         batch: PagedBatch,
         segments: BoundSegments,
     ) -> Tensor:
-        """x [T, hidden], cosines and sines [T, dim], a cache a layer → [T, hidden]; writes the rows' keys and values."""
+        """x [T, hidden], cosines and sines [T, dim], a cache a layer → [T, hidden]; writes keys and values."""
         assert isinstance(segments, NativeSegments)
         if self._caches != tuple(caches):
             self._caches = tuple(caches)

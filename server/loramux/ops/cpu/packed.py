@@ -72,8 +72,8 @@ def _by_inputs(codes: Tensor) -> Tensor:
     Row 8·a + 4·b + c and input 4·q + 2·d + e stand in byte [q, b, e, a, c], for d = 0 in the low nibble.
     """
     split = codes.view(codes.shape[0], 2, 2, 4, codes.shape[2], TILE, 2, 2)
-    nibbles = split.permute(0, 4, 5, 6, 2, 7, 1, 3)  # tile, block, q, d, b, e, a, c
-    return (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).flatten(3).contiguous()
+    low, high = split.permute(6, 0, 4, 5, 2, 7, 1, 3)  # d; tile, block, q, b, e, a, c
+    return torch.bitwise_or(low, high << 4).flatten(3).flatten(2).unflatten(2, (TILE, -1)).contiguous()
 
 
 def _padded(scales: Tensor) -> Tensor:
