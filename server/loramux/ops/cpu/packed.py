@@ -63,7 +63,8 @@ class PackedNF4:
 def _by_rows(codes: Tensor) -> Tensor:
     """[tiles, 16, blocks, 64] → [tiles, blocks, 16, 32]: input j of a row in the high nibble, 32 + j in the low one."""
     halves = codes.unflatten(3, (2, BLOCK_SIZE // 2)).transpose(1, 2)
-    return ((halves[..., 0, :] << 4) | halves[..., 1, :]).contiguous()
+    packed: Tensor = ((halves[..., 0, :] << 4) | halves[..., 1, :]).contiguous()
+    return packed
 
 
 def _by_inputs(codes: Tensor) -> Tensor:
@@ -73,7 +74,8 @@ def _by_inputs(codes: Tensor) -> Tensor:
     """
     split = codes.view(codes.shape[0], 2, 2, 4, codes.shape[2], TILE, 2, 2)
     low, high = split.permute(6, 0, 4, 5, 2, 7, 1, 3)  # d; tile, block, q, b, e, a, c
-    return torch.bitwise_or(low, high << 4).flatten(3).flatten(2).unflatten(2, (TILE, -1)).contiguous()
+    packed: Tensor = (low | (high << 4)).flatten(3).contiguous()
+    return packed
 
 
 def _padded(scales: Tensor) -> Tensor:
