@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak gpu-check stubs clean
+.PHONY: help demo test lint bench soak gpu-check stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ lint: $(VENV)/.test ## Run the linters and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.test ## Measure operations, the served workload and PEFT; BENCH="--runs 3 --only kernels" passes options
+	$(BIN)/python -m loadtest bench $(BENCH)
 
 soak: $(VENV)/.demo ## 10,000 adapter loads and unloads under traffic; then once more with a leak seeded, which must fail
 	$(BIN)/python -m loadtest soak --serve

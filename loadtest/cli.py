@@ -9,6 +9,7 @@ from loramux.errors import LoramuxError
 
 from loadtest.bench import NotEnoughAdapters
 from loadtest.commands.adapters import adapters
+from loadtest.commands.bench import run_bench
 from loadtest.commands.peers import compare, peft
 from loadtest.commands.run import run
 from loadtest.commands.soak import soak
@@ -30,6 +31,7 @@ app.command()(adapters)
 app.command()(run)
 app.command()(soak)
 app.command()(compare)
+app.command(name="bench")(run_bench)
 peers.command()(peft)
 app.add_typer(peers, name="peers")
 

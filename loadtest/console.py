@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from loadtest.cells import Cell
 from loadtest.report import latency_table, rounded, throughput_table
 from loadtest.trend import MIB, sparkline
 
@@ -87,4 +89,35 @@ def show_comparison(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> None:
     table.add_row("loramux, over gRPC", f"{ours['output_throughput']:,.1f}")
     table.add_row(f"PEFT adapter_names, {peer['weights']} base", f"{peer['output_throughput']:,.1f}")
     table.add_row("ratio", f"{ours['output_throughput'] / peer['output_throughput']:.2f}")
+    err.print(table)
+
+
+def show_cells(
+    cells: Sequence[Cell], ours: Mapping[str, list[float]], peers: Mapping[str, Mapping[str, list[float]]]
+) -> None:
+    """Show medians, cell by cell, ours and the peers'."""
+    table = Table(title="served, medians", title_justify="left")
+    for column in ("", "loramux", *peers, "unit"):
+        table.add_column(column, justify="left" if column in ("", "unit") else "right")
+    for cell in cells:
+        shown = [f"{median(rates[cell.name]):,.1f}" if cell.name in rates else "–" for rates in peers.values()]
+        table.add_row(cell.name, f"{median(ours[cell.name]):,.1f}", *shown, cell.unit)
+    err.print(table)
+
+
+def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Show the machine's limits, then every operation."""
+    for line in lines:
+        if line["bench"].startswith("machine_"):
+            err.print(f"{line['bench']}: {line['value']:,} {line['unit']}")
+    table = Table(title="operations, medians", title_justify="left")
+    for column in ("", "µs", "GB/s of weights", "GFLOP/s", "bitsandbytes or torch, µs", "reference, µs"):
+        table.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        if "gb_per_s" in line:
+            other = line.get("bitsandbytes_us", line.get("torch_us"))
+            shown = [f"{value:,.1f}" if value is not None else "" for value in (other, line.get("reference_us"))]
+            table.add_row(
+                line["bench"], f"{line['value']:,.1f}", f"{line['gb_per_s']:.1f}", f"{line['gflop_per_s']:,.0f}", *shown
+            )
     err.print(table)
