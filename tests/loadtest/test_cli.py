@@ -141,6 +141,8 @@ def test_only_the_client_and_the_errors_are_imported() -> None:
     allowed = {"loramux.client", "loramux.errors"}
     peers = {"loramux.model.loading"}
     for file in ROOT.rglob("*.py"):
+        if file.stem == "kernels":  # measures the operations themselves, and no server
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loramux"):
                 assert node.module in (allowed | peers if "peers" in file.parts else allowed), file
