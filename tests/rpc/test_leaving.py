@@ -102,7 +102,8 @@ async def test_a_deadline_stops_the_work(tmp_path: Path) -> None:
         with pytest.raises(DeadlineExceeded):
             await r.client.generate("hello", adapter="a", timeout=0.2)
         await r.settle()
-        assert 0 < r.engine.seen[0].deadline - r.engine.seen[0].arrival <= 0.2
+        # Not later than the client's, but for the milliseconds that gRPC rounds up on the wire.
+        assert 0 < r.engine.seen[0].deadline - r.engine.seen[0].arrival < 0.21
 
 
 async def test_a_deadline_that_passes_in_the_queue(tmp_path: Path) -> None:

@@ -352,7 +352,15 @@ async def test_a_client_that_never_reads(stack: Stack) -> None:
     endless = request(adapter="a2", max_new_tokens=200, ignore_eos=True, n=8, top_logprobs=20)
     streams = [stub.GenerateStream(pb.GenerateStreamRequest(request=endless)) for _ in range(3)]
     await asyncio.gather(*(stream.read() for stream in streams))  # the first message, then never again
-    await good.during(stack.settle(baseline, seconds=60))
+    entry = stack.application.adapters.registry.get("a2")
+
+    async def given_back() -> None:
+        async with asyncio.timeout(60):
+            while entry.leases:
+                await asyncio.sleep(0.02)
+
+    await good.during(given_back())
+    await stack.settle(baseline)
     await channel.close()
 
 
