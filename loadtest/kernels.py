@@ -75,11 +75,15 @@ def limit(name: str, unit: str, work: int, seconds: list[float]) -> dict[str, An
 
 
 def kernels(runs: int) -> Iterator[dict[str, Any]]:
-    """Measure; one dictionary an operation and number of rows, ready for JSON. Raises Unavailable without kernels."""
+    """Measure; one dictionary an operation and number of rows, ready for JSON. Raises ValueError without kernels."""
     import torch
     from loramux.ops.cpu.backend import NativeBackend
+    from loramux.ops.cpu.build import Unavailable
 
-    native = NativeBackend()
+    try:
+        native = NativeBackend()
+    except Unavailable as reason:
+        raise ValueError(f"there are no native operations to measure: {reason}") from reason
     with torch.inference_mode():
         for name in SHAPES:
             yield from linear(native, name, runs)

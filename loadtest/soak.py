@@ -34,6 +34,7 @@ from loadtest.watch import RESIDENT_METRIC, resident_bytes, scrape
 MAX_FAILURES = 100
 NAN = float("nan")
 SAMPLES = 200
+MIN_SAMPLE_CYCLES = 4  # a run of a few cycles stays too short to be judged
 COUNTED_METRICS = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -47,8 +48,8 @@ COUNTED_METRICS = (
 class SoakSpec:
     """How hard and how long. One cycle is one load and one unload; a replacement is one more of each.
 
-    Memory is sampled every `cycles / SAMPLES` cycles, so that a short or a fast run can be judged as well as a long
-    one, and every `sample_interval` seconds, so that a server that stands still is watched too.
+    Memory is sampled every `cycles / SAMPLES` cycles, so that a fast run can be judged as well as a slow one, and every
+    `sample_interval` seconds, so that a server that stands still is watched too.
     """
 
     cycles: int = 10_000
@@ -86,7 +87,7 @@ class Soak:
         self.log = SoakLog()
         self.vocab_size = 0
         self._todo = iter(range(spec.cycles))
-        self._sample_every = max(1, spec.cycles // SAMPLES)
+        self._sample_every = max(MIN_SAMPLE_CYCLES, spec.cycles // SAMPLES)
         self._stopping = asyncio.Event()
 
     async def run(self, on_sample: Callable[[SoakLog], None] = lambda log: None) -> dict[str, Any]:

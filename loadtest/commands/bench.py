@@ -61,6 +61,10 @@ def run_bench(
         raise typer.BadParameter("--only takes kernels, served or all")
     if (llama_cpp is None) != (llama_gguf is None):
         raise typer.BadParameter("llama.cpp needs both --llama-cpp and --llama-gguf")
+    if llama_cpp is not None and llama_gguf is not None:
+        for file in (llama_cpp / "llama-server", llama_cpp / "llama-quantize", llama_gguf):
+            if not file.is_file():
+                raise typer.BadParameter(f"llama.cpp: there is no file {file}")
     warn_if_busy()
     lines: list[dict[str, Any]] = []
     if only != "served":

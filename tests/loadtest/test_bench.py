@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from loadtest.adapters import write_adapters
 from loadtest.cells import CELLS
+from loadtest.cli import main
 from loadtest.commands.bench import line, one_run
 from loadtest.kernels import kernels, limit
 from loadtest.shapes import linear_shapes
@@ -91,6 +93,31 @@ def test_operations_are_measured_beside_their_peers(monkeypatch: pytest.MonkeyPa
     ]
     assert all(fields["value"] > 0 and fields["gflop_per_s"] >= 0 for fields in found.values())
     assert {"bitsandbytes_us", "reference_us"} <= found["small_m16"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--only everything", "--only takes kernels, served or all"),
+        ("--llama-cpp /nowhere", "needs both --llama-cpp and --llama-gguf"),
+        ("--llama-cpp /nowhere --llama-gguf /nothing", "there is no file /nowhere/llama-server"),
+        ("--runs 0", "should be greater than or equal to 1"),
+    ],
+)
+def test_wrong_words_are_told_before_anything_is_measured(
+    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loadtest", "bench", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_without_native_operations_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_ISA", "none")
+    with pytest.raises(ValueError, match="no native operations to measure: LORAMUX_ISA=none"):
+        next(kernels(runs=1))
 
 
 def test_llama_cpp_gets_every_factor(tmp_path: Path) -> None:

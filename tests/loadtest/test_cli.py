@@ -115,10 +115,10 @@ def test_mistakes_are_told_in_a_sentence(
 async def test_a_soak_of_a_server_elsewhere(tmp_path: Path) -> None:
     async with serving(Behaviour(first_token=0.01)) as at:
         where = ["--target", at.address, "--admin", at.address, "--metrics", at.metrics]
-        short = ["--cycles", "8", "--adapter-dir", str(tmp_path)]
+        short = ["--cycles", "20", "--adapter-dir", str(tmp_path)]
         ended = await run("soak", *where, *short)
-        assert at.fake.loads == 8 + 1 + 3  # cycles, replacements, residents
-    assert ended.status == 1  # 8 cycles are too few to judge memory, and that is no pass
+        assert at.fake.loads == 20 + 2 + 3  # cycles, replacements, residents
+    assert ended.status == 1  # 20 cycles are too few to judge memory, and that is no pass
     assert ended.json["failed"] == 0
     assert [problem for problem in ended.json["problems"] if "memory was not judged" not in problem] == []
 

@@ -100,10 +100,9 @@ async def test_a_request_that_is_cancelled_early_keeps_no_lease(tmp_path: Path, 
 async def test_a_deadline_stops_the_work(tmp_path: Path) -> None:
     async with running(tmp_path, adapters=("a",), script=endless) as r:
         with pytest.raises(DeadlineExceeded):
-            await r.client.generate("hello", adapter="a", timeout=0.2)
+            await r.client.generate("hello", adapter="a", timeout=0.199)  # gRPC rounds up to a whole millisecond
         await r.settle()
-        # Not later than the client's, but for the milliseconds that gRPC rounds up on the wire.
-        assert 0 < r.engine.seen[0].deadline - r.engine.seen[0].arrival < 0.21
+        assert 0 < r.engine.seen[0].deadline - r.engine.seen[0].arrival <= 0.2
 
 
 async def test_a_deadline_that_passes_in_the_queue(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from loramux.model.modules import LinearGroup, SiteLinear
 from loramux.model.skeleton import decoder_layers
 from loramux.model.step import Step
-from loramux.ops.backend import FusedOperations
 from loramux.ops.cpu.backend import LayerOperations, NativeBackend, NativeDecoder, NativeLinear
 
 _LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
@@ -25,7 +24,7 @@ _NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSN
 class FusedNorm(nn.Module):
     """Llama's RMSNorm."""
 
-    def __init__(self, norm: nn.Module, backend: FusedOperations) -> None:
+    def __init__(self, norm: nn.Module, backend: NativeBackend) -> None:
         super().__init__()
         self.weight = norm.weight
         self._epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]

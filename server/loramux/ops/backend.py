@@ -100,29 +100,3 @@ class PlainLinear(Linear):
             if any(part is not None for part in parts):
                 bound.append(SiteSegment(segment.start, segment.stop, segment.weight, parts))
         return self._backend.linear(x, self._parts, bound)
-
-
-class FusedOperations(ABC):
-    """What a backend offers besides, so that a whole decoder layer runs in a few calls. All in bfloat16."""
-
-    @abstractmethod
-    def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """(s, rms_norm(s)·weight) with s = x + residual; all [T, features]. Without residual, s is x itself."""
-
-    @abstractmethod
-    def gate(self, both: Tensor) -> Tensor:
-        """silu(both[:, :N])·both[:, N:] for both [T, 2N]."""
-
-    @abstractmethod
-    def rotary_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        cache: LayerCache,
-        batch: PagedBatch,
-        shape: AttentionShape,
-    ) -> Tensor:
-        """`Backend.attention` of q and k rotated by cosines and sines [T, D] (halves, as transformers rotates)."""

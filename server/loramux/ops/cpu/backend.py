@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loramux.ops.backend import Backend, BoundSegments, FusedOperations, Linear, LinearPart
+from loramux.ops.backend import Backend, BoundSegments, Linear, LinearPart
 from loramux.ops.cpu.build import load_native
 from loramux.ops.cpu.packed import PackedNF4
 from loramux.ops.grouped import GroupedBackend
@@ -132,8 +132,11 @@ def _layer_words(layer: LayerOperations, cache: LayerCache) -> list[int]:
     ]
 
 
-class NativeBackend(Backend, FusedOperations):
-    """AMX, AVX512 or AVX2, whichever `load_native` finds best. Raises build.Unavailable."""
+class NativeBackend(Backend):
+    """AMX, AVX512 or AVX2, whichever `load_native` finds best. Raises build.Unavailable.
+
+    `norm`, `gate` and `rotary_attention` are what NativeDecoder's layers are made of, one at a time; all in bfloat16.
+    """
 
     def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
         self.isa = load_native(isa, threads)
@@ -213,6 +216,7 @@ class NativeBackend(Backend, FusedOperations):
         batch: PagedBatch,
         shape: AttentionShape,
     ) -> Tensor:
+        """`Backend.attention` of q and k rotated by cosines and sines [T, D] (halves, as transformers rotates)."""
         return self._attend(q, k, v, cosines, sines, cache, batch, shape)
 
     def _attend(
@@ -248,12 +252,14 @@ class NativeBackend(Backend, FusedOperations):
         return out
 
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """(s, rms_norm(s)·weight) with s = x + residual; all [T, features]. Without residual, s is x itself."""
         y = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
         torch.ops.loramux_cpu.norm(x, _NONE if residual is None else residual, weight, epsilon, total, y)
         return total, y
 
     def gate(self, both: Tensor) -> Tensor:
+        """silu(both[:, :N])·both[:, N:] for both [T, 2N]."""
         y = both.new_empty(both.shape[0], both.shape[1] // 2)
         torch.ops.loramux_cpu.gate(both, y)
         return y

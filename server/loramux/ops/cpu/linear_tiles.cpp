@@ -18,14 +18,6 @@
 namespace loramux {
 namespace {
 
-constexpr int kBlock = 64;  // NF4 block
-
-alignas(64) constexpr float kNF4[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-
 // One block of a tile, 16 rows × 64 weights: two tiles of bf16, inputs 0 … 31 and 32 … 63.
 inline __attribute__((always_inline)) void expand(const uint8_t* codes, const float* scale, bf16* to) {
   const __m512 table = _mm512_load_ps(kNF4);

@@ -18,15 +18,8 @@
 namespace loramux {
 namespace {
 
-constexpr int kBlock = 64;       // NF4 block
-constexpr int kMostRows = 6;     // rows of a group: 12 sums, 2 weights and an input are 15 registers
+constexpr int kMostRows = 6;  // rows of a group: 12 sums, 2 weights and an input are 15 registers
 constexpr int64_t kRowBytes = 256 << 10;  // inputs of a chunk of rows, to stay in the second-level cache
-
-alignas(64) constexpr float kNF4[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 // The table by bytes: byte b of entry c is bytes[b][c], in both lanes.
 struct Table {
@@ -88,7 +81,7 @@ void tile_scales(const Part& part, int64_t tile, int64_t blocks, float* scale) {
   }
 }
 
-// One row's sums over one block of T tiles, without a panel between: what `expand` and `add<1, true>` give, to the bit.
+// One row's sums over one block of T tiles, without a panel between: what `expand` and `add<1>` give, to the bit.
 // A single row waits for each addition, so that T tiles go side by side.
 template <int T>
 LORAMUX_INLINE void add_row(const uint8_t* codes, int64_t distance, const float* x, const float* scale,
