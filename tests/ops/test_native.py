@@ -6,6 +6,7 @@ computes it in any batch.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -108,19 +109,71 @@ def test_linear(native: NativeBackend, seed: int) -> None:
         assert torch.equal(run(linear, native, case.x[row : row + 1], own)[0], got[row]), f"row {row} alone differs"
 
 
-def test_weights_are_the_ones_bitsandbytes_dequantizes_to(native: NativeBackend) -> None:
-    """Unit inputs read single weights out of the kernel: they must be those values to the bit."""
-    weight = NF4Weight.quantize(torch.randn(48, 128, generator=torch.Generator().manual_seed(3)))
-    linear = native.prepare([LinearPart(weight)], [0])
-    got = run(linear, native, torch.eye(128, dtype=BF16), [])
-    assert torch.equal(got.T, weight.dequantize(BF16))
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_are_the_ones_bitsandbytes_dequantizes_to(native: NativeBackend, double: bool) -> None:
+    """Unit inputs read single weights out of the kernel.
 
-
-def test_without_double_quantization(native: NativeBackend) -> None:
-    codes, state = bnb.quantize_4bit(torch.randn(32, 64), blocksize=64, compress_statistics=False, quant_type="nf4")
+    Tiles multiply those values, to the bit. Vectors multiply multiples of 1/8192 of the absmax, and round the result.
+    """
+    values = torch.randn(48, 128, generator=torch.Generator().manual_seed(3))
+    codes, state = bnb.quantize_4bit(values, blocksize=64, compress_statistics=double, quant_type="nf4")
     weight = NF4Weight.from_checkpoint(codes, state.as_dict(packed=True))
     linear = native.prepare([LinearPart(weight)], [0])
-    assert torch.equal(run(linear, native, torch.eye(64, dtype=BF16), []).T, weight.dequantize(BF16))
+    got = run(linear, native, torch.eye(128, dtype=BF16), []).T
+    if native.isa == "amx":
+        assert torch.equal(got, weight.dequantize(BF16))
+        return
+    exact = weight.dequantize(torch.float32)
+    absmax = exact.view(-1, 64).abs().amax(dim=1, keepdim=True).expand(-1, 64).reshape(48, 128)
+    assert ((got.float() - exact).abs() <= absmax / 16384 * 1.001 + exact.abs() / 256).all()
+
+
+def errors(native: NativeBackend, x: torch.Tensor, weight: NF4Weight) -> tuple[float, float, float]:
+    """Root mean squares: of the kernel's errors, of those of a matmul with weights dequantized to bf16 (the usual
+    way), and of those that rounding the exact result to bf16 makes."""
+    exact = x.double() @ weight.dequantize(torch.float32).double().T
+    usual = x.float() @ weight.dequantize(BF16).float().T
+    found = run(native.prepare([LinearPart(weight)], [0]), native, x, [])
+    mine, other, rounding = ((y.to(BF16).double() - exact).square().mean().sqrt() for y in (found, usual, exact))
+    return float(mine), float(other), float(rounding)
+
+
+@pytest.mark.parametrize("outliers", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_accuracy(native: NativeBackend, rows: int, outliers: float) -> None:
+    """With outliers, one input of each row is so many times larger than the others."""
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 576, generator=g)
+    x[:, 5] *= max(1.0, outliers)
+    mine, usual, rounding = errors(native, x.to(BF16), NF4Weight.quantize(torch.randn(1000, 576, generator=g)))
+    assert mine <= 1.02 * usual
+    if native.isa != "amx":
+        assert mine <= 1.02 * rounding
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_largest_sums(native: NativeBackend, size: float) -> None:
+    """All weights ±absmax, all inputs of one size: what a block's sum must hold at most."""
+    sign = torch.randn(16, 128).sign()
+    sign[0], sign[1] = 1, -1
+    weight = NF4Weight.quantize(sign)
+    x = torch.full((3, 128), size).to(BF16)
+    x[1] *= torch.randn(128).sign()
+    got = run(native.prepare([LinearPart(weight)], [0]), native, x, []).double()
+    exact = x.double() @ weight.dequantize(torch.float32).double().T
+    torch.testing.assert_close(got, exact, rtol=1 / 128, atol=size / 64)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_row_that_is_not_finite_stays_so_and_alone(native: NativeBackend, bad: float) -> None:
+    weight = NF4Weight.quantize(torch.randn(32, 128))
+    linear = native.prepare([LinearPart(weight)], [0])
+    x = torch.randn(5, 128).to(BF16)
+    expected = run(linear, native, x, [])
+    x[2, 70] = bad
+    got = run(linear, native, x, [])
+    assert not got[2].isfinite().any()
+    assert torch.equal(got[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("vectors", [False, True])

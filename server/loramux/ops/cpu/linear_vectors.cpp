@@ -1,15 +1,17 @@
 // The linear operation without AMX, compiled once for each instruction set (LORAMUX_SET names it).
 //
-// NF4: a vector is eight outputs. Sixteen outputs × 64 inputs of weights are expanded into a panel of floats,
-// [inputs][16], that stays in the first-level cache, and every row multiplies it with its own inputs, one broadcast
-// each. The factors A and B and the dense head are read along their rows, as dot products, where they lie. Either way
-// the order of summation does not depend on the number of rows.
+// NF4: a vector is eight outputs. Weights and inputs become whole numbers of 16 bits, whose products the processor adds in
+// pairs, exactly: 1/8192 of a block's absmax is the unit of a weight, and each block of a row of inputs has its own unit,
+// as small as the 32 bits of a sum allow. That is eight times finer than bf16, in which inputs come and results go. Sixteen
+// outputs × 64 inputs of weights are expanded into a panel, [pairs of inputs][16], that stays in the first-level cache, and
+// every row multiplies it with its own inputs, one broadcast each. The factors A and B and the dense head are read along
+// their rows, as dot products, where they lie. Either way the result does not depend on the number of rows.
 //
-// NF4 is never rounded: a panel holds the table's float32 values, and the block's sum is multiplied by its absmax.
-//
-// Order of summation: inputs in ascending order within a block of 64, blocks in ascending order, then the adapters'
-// branches in segment order. Dot products: in eight lanes, sixteen elements at a time, then `sums`.
+// Order of summation: a block of 64 inputs exactly, blocks in ascending order, then the adapters' branches in segment
+// order. Dot products: in eight lanes, sixteen elements at a time, then `sums`.
 
+#include <cmath>
+#include <limits>
 #include <memory>
 
 #include "linear.h"
@@ -18,131 +20,16 @@
 namespace loramux {
 namespace {
 
-constexpr int kMostRows = 6;  // rows of a group: 12 sums, 2 weights and an input are 15 registers
+constexpr int kMostRows = 6;  // rows of a group: 12 sums, 2 weights, an input and a product are 16 registers
 constexpr int64_t kRowBytes = 256 << 10;  // inputs of a chunk of rows, to stay in the second-level cache
+constexpr int kPairs = kBlock / 2;
 
-// The table by bytes: byte b of entry c is bytes[b][c], in both lanes.
-struct Table {
-  alignas(32) uint8_t bytes[4][32];
-  Table() {
-    for (int entry = 0; entry < 32; ++entry)
-      for (int b = 0; b < 4; ++b) bytes[b][entry] = reinterpret_cast<const uint8_t*>(&kNF4[entry % 16])[b];
-  }
-  LORAMUX_INLINE __m256i load(int b) const { return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes[b])); }
-};
-const Table kTable;
-
-// ---- Panels --------------------------------------------------------------------------------------------------------
-
-// Gives use(0 … 3, values) for 32 codes, two inputs × 16 outputs: (input, outputs) (0, low), (0, high), (1, low), (1, high).
-// In an order that needs few registers.
-template <typename Use>
-LORAMUX_INLINE void look_up(__m256i codes, const __m256i (&table)[4], const Use& use) {
-  const __m256i b0 = _mm256_shuffle_epi8(table[0], codes), b1 = _mm256_shuffle_epi8(table[1], codes);
-  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
-  const __m256i b2 = _mm256_shuffle_epi8(table[2], codes), b3 = _mm256_shuffle_epi8(table[3], codes);
-  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3);
-  use(0, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0)));
-  use(1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0)));
-  const __m256i high1 = _mm256_unpackhi_epi8(b2, b3);
-  use(2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1)));
-  use(3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1)));
-}
-
-void expand(const uint8_t* codes, float* panel) {
-  const __m256i table[4] = {kTable.load(0), kTable.load(1), kTable.load(2), kTable.load(3)};
-  const __m256i mask = _mm256_set1_epi8(15);
-  for (int quad = 0; quad < kBlock / 4; ++quad, panel += 64) {
-    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + quad * 32));
-    look_up(_mm256_and_si256(packed, mask), table,
-            [&](int i, __m256 values) LORAMUX_LAMBDA { _mm256_store_ps(panel + i * 8, values); });
-    look_up(_mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), table,
-            [&](int i, __m256 values) LORAMUX_LAMBDA { _mm256_store_ps(panel + 32 + i * 8, values); });
-  }
-}
-
-// The absmax of a tile's 16 rows, for all blocks: scale[block][16].
-void tile_scales(const Part& part, int64_t tile, int64_t blocks, float* scale) {
-  const int64_t first = tile * blocks * kTile;
-  if (part.absmax_float != nullptr) {
-    std::memcpy(scale, part.absmax_float + first, blocks * kTile * sizeof(float));
-    return;
-  }
-  const uint8_t* absmax = part.absmax + first;
-  for (int64_t r = 0; r < kTile; ++r) {
-    // Blocks that follow each other share a group's scale, up to 256 of them.
-    const int64_t canonical = (tile * kTile + r) * blocks;
-    for (int64_t block = 0; block < blocks;) {
-      const float group = part.group_scale[(canonical + block) >> 8];
-      const int64_t end = std::min(blocks, (((canonical + block) >> 8) + 1) * 256 - canonical);
-      for (; block < end; ++block)
-        scale[block * kTile + r] = __builtin_fmaf(part.table256[absmax[block * kTile + r]], group, part.offset);
-    }
-  }
-}
-
-// One row's sums over one block of T tiles, without a panel between: what `expand` and `add<1>` give, to the bit.
-// A single row waits for each addition, so that T tiles go side by side.
-template <int T>
-LORAMUX_INLINE void add_row(const uint8_t* codes, int64_t distance, const float* x, const float* scale,
-                            int64_t scale_distance, __m256 (&total)[T][2]) {
-  const __m256i table[4] = {kTable.load(0), kTable.load(1), kTable.load(2), kTable.load(3)};
-  __m256 sum[T][2];
-  for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
-  const __m256i mask = _mm256_set1_epi8(15);
-  for (int quad = 0; quad < kBlock / 4; ++quad) {
-#pragma GCC unroll 2
-    for (int t = 0; t < T; ++t) {
-      const __m256i packed =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + t * distance + quad * 32));
-#pragma GCC unroll 2
-      for (int pair = 0; pair < 2; ++pair) {
-        const __m256i nibbles = _mm256_and_si256(pair == 0 ? packed : _mm256_srli_epi16(packed, 4), mask);
-        look_up(nibbles, table, [&](int i, __m256 values) LORAMUX_LAMBDA {
-          sum[t][i % 2] = _mm256_fmadd_ps(values, scalar(x + quad * 4 + pair * 2 + i / 2), sum[t][i % 2]);
-        });
-      }
-    }
-  }
-  for (int t = 0; t < T; ++t)
-    for (int half = 0; half < 2; ++half)
-      total[t][half] =
-          _mm256_fmadd_ps(_mm256_load_ps(scale + t * scale_distance + half * 8), sum[t][half], total[t][half]);
-}
-
-// ---- Sums ----------------------------------------------------------------------------------------------------------
-
-// totals[g][16] += scale · Σ panel[i][16]·x[i][g] for a group of G rows.
-template <int G>
-LORAMUX_INLINE void add(const float* panel, const float* x, const float* scale, float* totals) {
-  __m256 sum[G][2];
-  for (int g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_ps();
-  for (int i = 0; i < kBlock; ++i) {
-    const __m256 w0 = _mm256_load_ps(panel + i * kTile), w1 = _mm256_load_ps(panel + i * kTile + 8);
-#pragma GCC unroll 6
-    for (int g = 0; g < G; ++g) {
-      const __m256 value = scalar(x + i * G + g);
-      sum[g][0] = _mm256_fmadd_ps(w0, value, sum[g][0]);
-      sum[g][1] = _mm256_fmadd_ps(w1, value, sum[g][1]);
-    }
-  }
-  for (int g = 0; g < G; ++g)
-    for (int half = 0; half < 2; ++half) {
-      float* total = totals + g * kTile + half * 8;
-      _mm256_store_ps(total, _mm256_fmadd_ps(_mm256_load_ps(scale + half * 8), sum[g][half], _mm256_load_ps(total)));
-    }
-}
-
-LORAMUX_INLINE void add_group(int64_t rows, const float* panel, const float* x, const float* scale, float* totals) {
-  switch (rows) {
-    case 1: return add<1>(panel, x, scale, totals);
-    case 2: return add<2>(panel, x, scale, totals);
-    case 3: return add<3>(panel, x, scale, totals);
-    case 4: return add<4>(panel, x, scale, totals);
-    case 5: return add<5>(panel, x, scale, totals);
-    default: return add<6>(panel, x, scale, totals);
-  }
-}
+constexpr int kWeightUnits = 8192;  // of an absmax
+// What the absolute values of a block of inputs may add up to, in units: times kWeightUnits it fits a sum's 31 bits. The
+// rounding of 64 values may add 32.
+constexpr float kMostUnits = static_cast<float>((1 << 18) - 64), kMostUnitsOfOne = 32767.0f;
+// A block of inputs whose unit is less counts as zero: its inverse would overflow.
+constexpr float kLeastUnit = 1e-37f;
 
 // Asks for the weights that come next, a piece at a time: they are read once, from memory, and waiting for them would
 // take as long as the arithmetic. Past the end this is harmless.
@@ -159,6 +46,154 @@ class Ahead {
   const char *at_, *end_;
   int64_t piece_;
 };
+
+// The table by bytes: byte b of entry c is bytes[b][c], in both lanes.
+struct Table {
+  alignas(32) uint8_t bytes[2][32];
+  Table() {
+    for (int entry = 0; entry < 32; ++entry) {
+      const auto value = static_cast<int16_t>(std::lrint(kNF4[entry % 16] * kWeightUnits));
+      for (int b = 0; b < 2; ++b) bytes[b][entry] = static_cast<uint8_t>(value >> (8 * b));
+    }
+  }
+  LORAMUX_INLINE __m256i load(int b) const { return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes[b])); }
+};
+const Table kTable;
+
+// ---- Panels --------------------------------------------------------------------------------------------------------
+
+// Calls use(pair, half, weights) for the 32 bytes of two pairs of inputs × 16 outputs; `weights` are a pair of 8 outputs.
+template <typename Use>
+LORAMUX_INLINE void look_up(__m256i packed, __m256i low, __m256i high, const Use& use) {
+  const __m256i mask = _mm256_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int pair = 0; pair < 2; ++pair) {
+    const __m256i codes = _mm256_and_si256(pair == 0 ? packed : _mm256_srli_epi16(packed, 4), mask);
+    const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
+    use(pair, 0, _mm256_unpacklo_epi8(lows, highs));
+    use(pair, 1, _mm256_unpackhi_epi8(lows, highs));
+  }
+}
+
+LORAMUX_INLINE __m256i load_codes(const uint8_t* codes) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+}
+
+void expand(const uint8_t* codes, int32_t* panel) {
+  const __m256i low = kTable.load(0), high = kTable.load(1);
+  for (int quad = 0; quad < kBlock / 4; ++quad, panel += 2 * kTile)
+    look_up(load_codes(codes + quad * 32), low, high, [&](int pair, int half, __m256i weights) LORAMUX_LAMBDA {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(panel + pair * kTile + half * 8), weights);
+    });
+}
+
+// sum + w·x over the pairs of each lane.
+LORAMUX_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i inputs) {
+#ifdef __AVX512VNNI__
+  return _mm256_dpwssd_epi32(sum, weights, inputs);
+#else
+  // In one piece: the compiler would compute all products first and spill the sums.
+  __m256i products;
+  asm("vpmaddwd %[inputs], %[weights], %[products]\n\tvpaddd %[products], %[sum], %[sum]"
+      : [sum] "+x"(sum), [products] "=&x"(products)
+      : [weights] "x"(weights), [inputs] "x"(inputs));
+  return sum;
+#endif
+}
+
+// total + scale·unit·sum.
+LORAMUX_INLINE __m256 add_scaled(__m256 total, __m256 scale, const float* unit, __m256i sum) {
+  return _mm256_fmadd_ps(scale, _mm256_mul_ps(scalar(unit), _mm256_cvtepi32_ps(sum)), total);
+}
+
+// The absmax of a tile's 16 rows, for all blocks: scale[block][16].
+void tile_scales(const Part& part, int64_t tile, int64_t blocks, float* scale) {
+  const int64_t first = tile * blocks * kTile;
+  if (part.absmax_float != nullptr) {
+    std::memcpy(scale, part.absmax_float + first, blocks * kTile * sizeof(float));
+    return;
+  }
+  const uint8_t* absmax = part.absmax + first;
+  Ahead(absmax + 2 * blocks * kTile, blocks * kTile, 1).fetch();  // two tiles ahead: one row takes them in pairs
+  alignas(32) float group[kTile];  // of the rows, at this block
+  const __m256 offset = _mm256_set1_ps(part.offset);
+  for (int64_t block = 0, until = 0; block < blocks; ++block, absmax += kTile, scale += kTile) {
+    if (block == until) {  // blocks that follow each other share a group's scale, up to 256 of them
+      until = blocks;
+      for (int64_t r = 0; r < kTile; ++r) {
+        const int64_t canonical = (tile * kTile + r) * blocks + block;
+        group[r] = part.group_scale[canonical >> 8];
+        until = std::min(until, block + 256 - (canonical & 255));
+      }
+    }
+    const float* table = part.table256;
+    for (int half = 0; half < kTile; half += 8) {
+      const uint8_t* at = absmax + half;
+      const __m256 values = _mm256_setr_ps(table[at[0]], table[at[1]], table[at[2]], table[at[3]], table[at[4]], table[at[5]],
+                                           table[at[6]], table[at[7]]);
+      _mm256_store_ps(scale + half, _mm256_fmadd_ps(values, _mm256_load_ps(group + half), offset));
+    }
+  }
+}
+
+// One row's sums over one block of T tiles, without a panel between: what `expand` and `add<1>` give.
+template <int T>
+LORAMUX_INLINE void add_row(const uint8_t* codes, int64_t distance, const int32_t* x, const float* unit,
+                            const float* scale, int64_t scale_distance, __m256 (&total)[T][2]) {
+  const __m256i low = kTable.load(0), high = kTable.load(1);
+  __m256i sum[T][2];
+  for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+  for (int quad = 0; quad < kBlock / 4; ++quad) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      const uint8_t* from = codes + t * distance + quad * 32;
+      __builtin_prefetch(from + T * distance, 0, 2);
+      look_up(load_codes(from), low, high, [&](int pair, int half, __m256i weights) LORAMUX_LAMBDA {
+        sum[t][half] = add_products(sum[t][half], weights, _mm256_set1_epi32(x[quad * 2 + pair]));
+      });
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int half = 0; half < 2; ++half)
+      total[t][half] =
+          add_scaled(total[t][half], _mm256_load_ps(scale + t * scale_distance + half * 8), unit, sum[t][half]);
+}
+
+// ---- Sums ----------------------------------------------------------------------------------------------------------
+
+// totals[g][16] += scale·unit[g]·Σ panel[i][16]·x[i][g] for a group of G rows.
+template <int G>
+LORAMUX_INLINE void add(const int32_t* panel, const int32_t* x, const float* unit, const float* scale, float* totals) {
+  __m256i sum[G][2];
+  for (int g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
+  for (int i = 0; i < kPairs; ++i) {
+    const auto* from = reinterpret_cast<const __m256i*>(panel + i * kTile);
+    const __m256i w0 = _mm256_load_si256(from), w1 = _mm256_load_si256(from + 1);
+#pragma GCC unroll 6
+    for (int g = 0; g < G; ++g) {
+      const __m256i inputs = _mm256_set1_epi32(x[i * G + g]);
+      sum[g][0] = add_products(sum[g][0], w0, inputs);
+      sum[g][1] = add_products(sum[g][1], w1, inputs);
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int half = 0; half < 2; ++half) {
+      float* total = totals + g * kTile + half * 8;
+      _mm256_store_ps(total, add_scaled(_mm256_load_ps(total), _mm256_load_ps(scale + half * 8), unit + g, sum[g][half]));
+    }
+}
+
+LORAMUX_INLINE void add_group(int64_t rows, const int32_t* panel, const int32_t* x, const float* unit,
+                              const float* scale, float* totals) {
+  switch (rows) {
+    case 1: return add<1>(panel, x, unit, scale, totals);
+    case 2: return add<2>(panel, x, unit, scale, totals);
+    case 3: return add<3>(panel, x, unit, scale, totals);
+    case 4: return add<4>(panel, x, unit, scale, totals);
+    case 5: return add<5>(panel, x, unit, scale, totals);
+    default: return add<6>(panel, x, unit, scale, totals);
+  }
+}
 
 // Rows of bf16 weights, and rows of inputs in lanes: sixteen elements as eight evens, then eight odds.
 struct Dots {
@@ -252,23 +287,55 @@ struct Branch {
 struct Job {
   const LinearCall& c;
   Pool& pool;
-  float* x;      // groups of rows one after another, each [k][rows of the group]
+  int32_t* x;    // groups of rows one after another, each [pairs of inputs][rows of the group]
+  float* units;  // of x, for groups as above, each [k/64][rows of the group]
   float* lanes;  // [m][k], each 16 inputs as eight evens and eight odds; only if there are dot products
-  bool packs;    // x is needed
   Branch* branches;
   int64_t* part_branches;  // branches of part p: [p] … [p + 1]
   int64_t groups;
   int64_t first_row(int64_t group) const { return c.m * group / groups; }
 };
 
+// A block of inputs in units; returns the unit, over kWeightUnits. What is not finite makes it NaN.
+LORAMUX_INLINE float quantize(const bf16* from, int32_t* pairs, int64_t stride) {
+  __m256 values[8], absolute = _mm256_setzero_ps(), most = _mm256_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * 8));
+    values[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values[i]);
+    absolute = _mm256_add_ps(absolute, magnitude);
+    most = _mm256_max_ps(most, magnitude);
+  }
+  const float total = sum(absolute);
+  float unit = std::max(greatest(most) / kMostUnitsOfOne, total / kMostUnits), inverse = 1.0f / unit;
+  if (!(total <= std::numeric_limits<float>::max())) {
+    unit = std::numeric_limits<float>::quiet_NaN();
+    inverse = 0.0f;
+  } else if (unit < kLeastUnit) {
+    unit = inverse = 0.0f;
+  }
+  alignas(32) int32_t whole[kPairs];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * i], _mm256_set1_ps(inverse)));
+    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * i + 1], _mm256_set1_ps(inverse)));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(whole + i * 8), packed);
+  }
+  for (int i = 0; i < kPairs; ++i) pairs[i * stride] = whole[i];
+  return unit / kWeightUnits;
+}
+
 void pack(const Job& job, int64_t group) {
   const LinearCall& c = job.c;
-  const int64_t begin = job.first_row(group), rows = job.first_row(group + 1) - begin;
-  float* to = job.x + begin * c.k;
+  const int64_t begin = job.first_row(group), rows = job.first_row(group + 1) - begin, blocks = c.k / kBlock;
   for (int64_t r = 0; r < rows; ++r) {
     const bf16* from = c.x + (begin + r) * c.x_stride;
-    if (job.packs)
-      for (int64_t i = 0; i < c.k; ++i) to[i * rows + r] = to_float(from[i]);
+    if (job.x != nullptr)
+      for (int64_t block = 0; block < blocks; ++block)
+        job.units[(begin * blocks + block * rows) + r] =
+            quantize(from + block * kBlock, job.x + begin * c.k / 2 + block * kPairs * rows + r, rows);
     if (job.lanes == nullptr) continue;
     float* lanes = job.lanes + (begin + r) * c.k;
     for (int64_t i = 0; i < c.k; i += 16) {
@@ -313,7 +380,7 @@ void up(const Branch& branch, int64_t tile, int64_t n, int64_t begin, int64_t en
 }
 
 struct Buffers {
-  float* panel;   // [64][16]
+  int32_t* panel;  // [32 pairs of inputs][16]
   float* scales;  // [2 tiles][k/64][16]
   float* totals;  // [rows of a chunk, at least 2][16]
 };
@@ -336,8 +403,8 @@ void multiply(const Job& job, const Part& part, int64_t tile, int64_t group0, in
     expand(codes, b.panel);
     for (int64_t group = group0; group < group1; ++group) {
       const int64_t first = job.first_row(group), rows = job.first_row(group + 1) - first;
-      add_group(rows, b.panel, job.x + first * c.k + block * kBlock * rows, b.scales + block * kTile,
-                b.totals + (first - begin) * kTile);
+      add_group(rows, b.panel, job.x + first * c.k / 2 + block * kPairs * rows, job.units + first * blocks + block * rows,
+                b.scales + block * kTile, b.totals + (first - begin) * kTile);
     }
   }
 }
@@ -351,8 +418,8 @@ void multiply_row(const Job& job, const Part& part, int64_t tile, const Buffers&
   __m256 total[T][2];
   for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
   for (int64_t block = 0; block < blocks; ++block)
-    add_row<T>(codes + block * kTile * 32, distance, job.x + block * kBlock, b.scales + block * kTile, blocks * kTile,
-               total);
+    add_row<T>(codes + block * kTile * 32, distance, job.x + block * kPairs, job.units + block,
+               b.scales + block * kTile, blocks * kTile, total);
   for (int t = 0; t < T; ++t)
     for (int half = 0; half < 2; ++half) _mm256_store_ps(b.totals + t * kTile + half * 8, total[t][half]);
 }
@@ -405,14 +472,14 @@ void run(void* argument, int thread, int threads) {
   int64_t total = 0;
   for (int64_t p = 0; p < c.num_parts; ++p) total += tiles(c.parts[p].n);
   const Range mine = share(total, thread, threads);
-  const int64_t chunks = (c.m * c.k * static_cast<int64_t>(sizeof(float)) + kRowBytes - 1) / kRowBytes;
+  const int64_t chunks = (c.m * c.k * static_cast<int64_t>(sizeof(int16_t)) + kRowBytes - 1) / kRowBytes;
   const int64_t groups_of_chunk = (job.groups + chunks - 1) / chunks;
   static thread_local Scratch scratch;
   const int64_t scales = 2 * c.k / kBlock * kTile;
   Buffers b;
-  b.panel = scratch.get<float>(kBlock * kTile + scales + (groups_of_chunk * kMostRows + 2) * kTile);
-  b.scales = b.panel + kBlock * kTile;
+  b.scales = scratch.get<float>(scales + (groups_of_chunk * kMostRows + 2) * kTile + kPairs * kTile);
   b.totals = b.scales + scales;
+  b.panel = reinterpret_cast<int32_t*>(b.totals + (groups_of_chunk * kMostRows + 2) * kTile);
   for (int64_t group = 0; group < job.groups; group += groups_of_chunk) {
     const int64_t group1 = std::min(group + groups_of_chunk, job.groups);
     const int64_t begin = job.first_row(group), end = job.first_row(group1);
@@ -438,7 +505,7 @@ void run(void* argument, int thread, int threads) {
 }  // namespace
 
 void LORAMUX_JOIN(linear_, LORAMUX_SET)(Pool& pool, const LinearCall& call) {
-  static thread_local Scratch packed, lanes, low_rank;
+  static thread_local Scratch packed, units, lanes, low_rank;
   static thread_local std::unique_ptr<Branch[]> branches;
   static thread_local std::unique_ptr<int64_t[]> part_branches;
   static thread_local int64_t room = 0, part_room = 0;
@@ -467,8 +534,12 @@ void LORAMUX_JOIN(linear_, LORAMUX_SET)(Pool& pool, const LinearCall& call) {
     }
   }
   part_branches[call.num_parts] = count;
-  Job job{call, pool, packed.get<float>(call.m * call.k), nullptr, nf4, branches.get(), part_branches.get(),
+  Job job{call, pool, nullptr, nullptr, nullptr, branches.get(), part_branches.get(),
           (call.m + kMostRows - 1) / kMostRows};
+  if (nf4) {
+    job.x = packed.get<int32_t>(call.m * call.k / 2);
+    job.units = units.get<float>(call.m * call.k / kBlock);
+  }
   if (dense || count != 0) job.lanes = lanes.get<float>(call.m * call.k);
   if (count != 0) {
     float* h = low_rank.get<float>(elements);

@@ -70,10 +70,10 @@ def _by_rows(codes: Tensor) -> Tensor:
 def _by_inputs(codes: Tensor) -> Tensor:
     """[tiles, 16, blocks, 64] → [tiles, blocks, 16, 32], four inputs in each 32 bytes.
 
-    Row 8·a + 4·b + c and input 4·q + 2·d + e stand in byte [q, b, e, a, c], for d = 0 in the low nibble.
+    Row 8·b + 4·a + c and input 4·q + 2·d + e stand in byte [q, a, b, c, e], for d = 0 in the low nibble.
     """
     split = codes.view(codes.shape[0], 2, 2, 4, codes.shape[2], TILE, 2, 2)
-    low, high = split.permute(6, 0, 4, 5, 2, 7, 1, 3)  # d; tile, block, q, b, e, a, c
+    low, high = split.permute(6, 0, 4, 5, 2, 1, 3, 7)  # d; tile, block, q, a, b, c, e
     packed: Tensor = (low | (high << 4)).flatten(3).contiguous()
     return packed
 
