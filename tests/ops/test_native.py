@@ -230,8 +230,8 @@ def test_attention(native: NativeBackend, seed: int) -> None:
     cache.keys[free] = float("nan")
     for table, context in zip(tables, contexts, strict=True):
         if context % block:
-            cache.values[table[-1], context % block :] = float("nan")
-            cache.keys[table[-1], context % block :] = float("nan")
+            cache.values[table[-1], :, context % block :] = float("nan")
+            cache.keys[table[-1], :, context % block :] = float("nan")
     width = max(map(len, tables))
     batch = PagedBatch(
         torch.tensor(slots),

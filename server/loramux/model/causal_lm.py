@@ -98,14 +98,14 @@ class CausalLM:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes over all layers. Known once the self-test has run."""
         return sum(
-            t.shape[2] * t.shape[3] * t.element_size()
+            t.shape[1] * t.shape[3] * t.element_size()
             for cache in self._step.caches.values()
             for t in (cache.keys, cache.values)
         )
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> None:
         """Replace the cache by one of `num_blocks` blocks of `block_size` tokens."""
-        shapes = {i: (c.keys.shape[2], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()}
+        shapes = {i: (c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()}
         self._step.caches.clear()
         for layer, (heads, key_dim, value_dim) in sorted(shapes.items()):
             self._step.caches[layer] = LayerCache.allocate(

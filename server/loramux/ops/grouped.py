@@ -37,14 +37,11 @@ class GroupedBackend(Backend):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PagedBatch, shape: AttentionShape
     ) -> Tensor:
-        cache.keys.flatten(0, 1).index_copy_(0, batch.slots, k)
-        cache.values.flatten(0, 1).index_copy_(0, batch.slots, v)
+        cache.write(batch.slots, k, v)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         for s, context in enumerate(batch.contexts):
             start, stop = batch.starts[s], batch.starts[s + 1]
-            blocks = batch.block_tables[s, : -(-context // cache.keys.shape[1])]
-            keys = cache.keys.index_select(0, blocks).flatten(0, 1)[:context]
-            values = cache.values.index_select(0, blocks).flatten(0, 1)[:context]
+            keys, values = cache.read(batch.block_tables[s], context)
             out[start:stop] = _attend(q[start:stop], keys, values, shape)
         return out
 

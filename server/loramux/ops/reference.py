@@ -52,16 +52,14 @@ class ReferenceBackend(Backend):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PagedBatch, shape: AttentionShape
     ) -> Tensor:
-        cache.keys.flatten(0, 1)[batch.slots] = k
-        cache.values.flatten(0, 1)[batch.slots] = v
-        block_size = cache.keys.shape[1]
+        cache.write(batch.slots, k, v)
         groups = q.shape[1] // k.shape[1]
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         for s, context in enumerate(batch.contexts):
             start, stop = batch.starts[s], batch.starts[s + 1]
-            blocks = batch.block_tables[s, : -(-context // block_size)].long()
-            keys = cache.keys[blocks].flatten(0, 1)[:context].float().repeat_interleave(groups, dim=1)
-            values = cache.values[blocks].flatten(0, 1)[:context].float().repeat_interleave(groups, dim=1)
+            keys, values = (
+                t.float().repeat_interleave(groups, dim=1) for t in cache.read(batch.block_tables[s], context)
+            )
             scores = torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys) * shape.scaling
             if shape.softcap is not None:
                 scores = shape.softcap * torch.tanh(scores / shape.softcap)

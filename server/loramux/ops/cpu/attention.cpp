@@ -23,6 +23,7 @@
 namespace loramux {
 namespace {
 
+constexpr int64_t kAhead = 2 * kKeys;  // positions between what is computed and what is asked for
 constexpr int64_t kWidest = 64;  // by how much a row may be padded
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
@@ -59,8 +60,9 @@ void write_cache(const AttentionCall& c, int64_t t, bf16* rotated) {
       rotate(key, c.cosines + t * c.dim, c.sines + t * c.dim, c.dim, rotated);
       key = rotated;
     }
-    std::memcpy(c.keys + (c.slots[t] * c.kv_heads + h) * c.dim, key, c.dim * sizeof(bf16));
-    std::memcpy(c.values + (c.slots[t] * c.kv_heads + h) * c.value_dim, c.v + t * c.v_stride + h * c.value_dim,
+    const int64_t row = row_of_slot(c, c.slots[t], h);
+    std::memcpy(c.keys + row * c.dim, key, c.dim * sizeof(bf16));
+    std::memcpy(c.values + row * c.value_dim, c.v + t * c.v_stride + h * c.value_dim,
                 c.value_dim * sizeof(bf16));
   }
 }
@@ -95,17 +97,31 @@ float soften(float* line, float highest) {
   return sum(_mm256_add_ps(_mm256_add_ps(weights[0], weights[2]), _mm256_add_ps(weights[1], weights[3])));
 }
 
-void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, Products& products, const Buffers& b) {
+// One key-value head of sequence s, for query rows from row0 and query heads from head0.
+struct Item {
+  int64_t s, head, row0, head0;
+};
+
+// Where its keys begin, and the position of its last query.
+Range reach(const Job& job, const Item& item) {
   const AttentionCall& c = job.c;
+  const int64_t num_rows = c.query_starts[item.s + 1] - c.query_starts[item.s];
+  const int64_t oldest = c.contexts[item.s] - num_rows + item.row0;
+  return {c.window > 0 ? std::max<int64_t>(0, oldest - c.window + 1) / kKeys * kKeys : 0,
+          oldest + std::min(job.item_rows, num_rows - item.row0)};
+}
+
+void attend(const Job& job, const Item& item, Products& products, const Buffers& b) {
+  const AttentionCall& c = job.c;
+  const auto [s, head, row0, head0] = item;
   const int64_t first_row = c.query_starts[s], num_rows = c.query_starts[s + 1] - first_row, context = c.contexts[s];
   const int64_t rows = std::min(job.item_rows, num_rows - row0), heads = std::min(job.item_heads, job.group - head0);
   const int64_t columns = rows * heads, dims = products.query_width(), width = products.sum_width();
   std::memset(b.columns, 0, columns * dims * sizeof(bf16));
   int64_t position[kTile];
   float most[kTile], total[kTile];
-  const int64_t oldest = context - num_rows + row0, last = oldest + rows - 1;
-  const int64_t earliest = c.window > 0 ? std::max<int64_t>(0, oldest - c.window + 1) / kKeys * kKeys : 0;
-  products.expect(s, head, earliest, last);
+  const auto [earliest, end] = reach(job, item);
+  const int64_t last = end - 1;
   for (int64_t i = 0; i < columns; ++i) {
     const int64_t t = first_row + row0 + i / heads, h = head * job.group + head0 + i % heads;
     const bf16* q = c.q + t * c.q_stride + h * c.dim;
@@ -120,7 +136,7 @@ void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, 
   products.take_queries(b.columns, columns);
   std::memset(b.sums, 0, columns * width * sizeof(float));
   for (int64_t first = earliest; first <= last; first += kKeys) {
-    if (first + kKeys <= last) products.expect(s, head, first + kKeys, last);
+    if (first + kAhead <= last) products.expect(s, head, first + kAhead, last);
     products.score(s, head, first, last, columns, b.lines);
     float shrink[kTile];
     for (int64_t i = 0; i < columns; ++i) {
@@ -144,7 +160,7 @@ void item(const Job& job, int64_t s, int64_t head, int64_t row0, int64_t head0, 
     const int64_t t = first_row + row0 + i / heads, h = head * job.group + head0 + i % heads;
     bf16* out = c.out + (t * c.heads + h) * c.value_dim;
     const float scale = 1.0f / total[i];
-    for (int64_t j = 0; j < c.value_dim; ++j) out[j] = to_bf16(b.sums[i * width + Products::place(j)] * scale);
+    products.write(b.sums + i * width, scale, out);
   }
 }
 
@@ -170,13 +186,25 @@ void run(void* argument, int thread, int threads) {
   const Range writing = share(c.rows, thread, threads);
   for (int64_t t = writing.begin; t < writing.end; ++t) write_cache(c, t, b.rotated);
   job.pool.barrier();
+  // An item is computed when the next one is known, so that its first keys can be asked for.
   int64_t count = 0;
+  Item pending{-1};
+  const auto next = [&](const Item& item) {
+    if (item.s >= 0) {
+      const auto [first, end] = reach(job, item);
+      for (int64_t ahead = 0; ahead < kAhead && first + ahead < end; ahead += kKeys)
+        products.expect(item.s, item.head, first + ahead, end - 1);
+    }
+    if (pending.s >= 0) attend(job, pending, products, b);
+    pending = item;
+  };
   for (int64_t s = 0; s < c.sequences; ++s) {
     const int64_t rows = c.query_starts[s + 1] - c.query_starts[s];
     for (int64_t row0 = 0; row0 < rows; row0 += job.item_rows)
       for (int64_t head = 0; head < c.kv_heads; ++head)
         for (int64_t head0 = 0; head0 < job.group; head0 += job.item_heads)
-          if (count++ % threads == thread) item(job, s, head, row0, head0, products, b);
+          if (count++ % threads == thread) next({s, head, row0, head0});
+  next({-1});
   }
 }
 

@@ -65,26 +65,28 @@ class Products {
     }
   }
 
-  // Dimension i of a row of sums.
-  static int64_t place(int64_t i) { return i; }
+  // out[value_dim] = a row of sums, times `scale`.
+  void write(const float* sums, float scale, bf16* out) const {
+    for (int64_t i = 0; i < c_.value_dim; ++i) out[i] = to_bf16(sums[i] * scale);
+  }
 
  private:
   // to[key][column] for 16 positions.
   void score_half(int64_t s, int64_t head, int64_t first, float* to) {
-    const int64_t stride = c_.kv_heads * c_.dim, count = std::min<int64_t>(kTile, c_.contexts[s] - first);
+    const int64_t count = std::min<int64_t>(kTile, c_.contexts[s] - first);
     const bool contiguous = c_.block_size % kTile == 0 && c_.dim % kDepth == 0;
-    const bf16* keys = contiguous ? c_.keys + (slot(c_, s, first) * c_.kv_heads + head) * c_.dim : nullptr;
+    const bf16* keys = contiguous ? c_.keys + row_of(c_, s, head, first) * c_.dim : nullptr;
     clear();
     for (int64_t d = 0; d * kDepth < c_.dim; ++d) {
       if (contiguous) {
-        multiply<1, 1>(keys + d * kDepth, nullptr, stride * sizeof(bf16), q_ + d * kElements, nullptr);
+        multiply<1, 1>(keys + d * kDepth, nullptr, c_.dim * sizeof(bf16), q_ + d * kElements, nullptr);
         continue;
       }
       bf16* tile = staging_ + (d & 1) * kElements;
       std::memset(tile, 0, kElements * sizeof(bf16));
       const int64_t width = std::min<int64_t>(kDepth, c_.dim - d * kDepth);
       for (int64_t i = 0; i < count; ++i)
-        std::memcpy(tile + i * kDepth, c_.keys + (slot(c_, s, first + i) * c_.kv_heads + head) * c_.dim + d * kDepth,
+        std::memcpy(tile + i * kDepth, c_.keys + row_of(c_, s, head, first + i) * c_.dim + d * kDepth,
                     width * sizeof(bf16));
       multiply<1, 1>(tile, nullptr, kDepth * sizeof(bf16), q_ + d * kElements, nullptr);
     }
@@ -98,8 +100,8 @@ class Products {
     alignas(64) static const bf16 nothing[512] = {};
     for (int pair = 0; pair < kKeys / 2; ++pair) {
       const int64_t p = first + 2 * pair;
-      const bf16* even = p <= last ? c_.values + (slot(c_, s, p) * c_.kv_heads + head) * c_.value_dim : nothing;
-      const bf16* odd = p + 1 <= last ? c_.values + (slot(c_, s, p + 1) * c_.kv_heads + head) * c_.value_dim : nothing;
+      const bf16* even = p <= last ? c_.values + row_of(c_, s, head, p) * c_.value_dim : nothing;
+      const bf16* odd = p + 1 <= last ? c_.values + row_of(c_, s, head, p + 1) * c_.value_dim : nothing;
       for (int64_t tile = 0; tile < tiles_of_dims; ++tile) {
         uint32_t* out = reinterpret_cast<uint32_t*>(to + tile * kElements) + pair * kTile;
         const int64_t width = std::min<int64_t>(kTile, c_.value_dim - tile * kTile);

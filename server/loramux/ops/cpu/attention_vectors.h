@@ -42,10 +42,10 @@ class Products {
     const int64_t count = std::min<int64_t>(kKeys, last - first + 1);
     locate(c_.keys, c_.dim, s, head, first, count, rows);
     for (int64_t key = 0; key < count; ++key)
-      for (int64_t d = 0; d < c_.dim; d += 32) __builtin_prefetch(rows[key] + d);
+      for (int64_t d = 0; d < c_.dim; d += 32) __builtin_prefetch(rows[key] + d, 0, 2);
     locate(c_.values, c_.value_dim, s, head, first, count, rows);
     for (int64_t key = 0; key < count; ++key)
-      for (int64_t d = 0; d < c_.value_dim; d += 32) __builtin_prefetch(rows[key] + d);
+      for (int64_t d = 0; d < c_.value_dim; d += 32) __builtin_prefetch(rows[key] + d, 0, 2);
   }
 
   // lines[column][32] = q·k for the positions first …; those beyond `last` count as zeros.
@@ -68,8 +68,17 @@ class Products {
     });
   }
 
-  // Where dimension i stands in a row of sums.
-  static int64_t place(int64_t i) { return i / 16 * 16 + i % 2 * 8 + i % 16 / 2; }
+  // out[value_dim] = a row of sums, times `scale`.
+  void write(const float* sums, float scale, bf16* out) const {
+    int64_t i = 0;
+    for (; i + 16 <= c_.value_dim; i += 16) {
+      const __m256i even = rounded(_mm256_mul_ps(_mm256_load_ps(sums + i), _mm256_set1_ps(scale)));
+      const __m256i odd = rounded(_mm256_mul_ps(_mm256_load_ps(sums + i + 8), _mm256_set1_ps(scale)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_or_si256(even, _mm256_slli_epi32(odd, 16)));
+    }
+    const float* rest = sums + i;
+    for (int64_t j = 0; i + j < c_.value_dim; ++j) out[i + j] = to_bf16(rest[j % 2 * 8 + j / 2] * scale);
+  }
 
  private:
   // Three columns at a time are what the registers hold; four go as two and two.
@@ -100,9 +109,9 @@ class Products {
   // Where `count` positions stand in the cache. Within a block they follow each other.
   void locate(const bf16* cache, int64_t dim, int64_t s, int64_t head, int64_t first, int64_t count, const bf16** rows) {
     for (int64_t key = 0; key < count;) {
-      const bf16* row = cache + (slot(c_, s, first + key) * c_.kv_heads + head) * dim;
+      const bf16* row = cache + row_of(c_, s, head, first + key) * dim;
       const int64_t here = std::min<int64_t>(count - key, c_.block_size - (first + key) % c_.block_size);
-      for (int64_t i = 0; i < here; ++i, ++key, row += c_.kv_heads * dim) rows[key] = row;
+      for (int64_t i = 0; i < here; ++i, ++key, row += dim) rows[key] = row;
     }
   }
 

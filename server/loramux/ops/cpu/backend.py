@@ -110,7 +110,7 @@ class NativeDecoder:
             batch.block_tables,
             *self._heads,
             self._inner,
-            caches[0].keys.shape[1],
+            caches[0].block_size,
         )
         return y
 

@@ -110,7 +110,7 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cosines, Tensor sines, Tenso
   const AttentionCall call{in<bf16>(q), in<bf16>(k), in<bf16>(v), q.stride(0), k.stride(0), v.stride(0),
                            in<bf16>(cosines), in<bf16>(sines), out<bf16>(keys), out<bf16>(values), in<int64_t>(slots),
                            in<int32_t>(query_starts), in<int32_t>(contexts), in<int32_t>(tables), out<bf16>(y),
-                           q.size(0), q.size(1), k.size(1), q.size(2), v.size(2), keys.size(1), contexts.numel(),
+                           q.size(0), q.size(1), k.size(1), q.size(2), v.size(2), keys.size(2), contexts.numel(),
                            tables.stride(0), static_cast<float>(scaling), static_cast<float>(softcap), window,
                            in<float>(sinks)};
   if (call.rows == 0) return;

@@ -56,18 +56,20 @@ LORAMUX_INLINE __m256 exponential(__m256 x) {
   return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
 }
 
-// Sixteen floats, rounded to nearest even; NaN stays NaN.
+// bf16 in the low halves of eight lanes: rounded to nearest even; NaN stays NaN.
+LORAMUX_INLINE __m256i rounded(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(nearest),
+                                                                _mm256_castsi256_ps(quiet), is_nan)), 16);
+}
+
+// Sixteen floats, rounded as above.
 LORAMUX_INLINE void store_rounded(__m256 low, __m256 high, bf16* to) {
-  const auto round = [](__m256 v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
-                                                                  _mm256_castsi256_ps(quiet), is_nan)), 16);
-  };
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(round(low), round(high)), 0xd8);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(low), rounded(high)), 0xd8);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
 }
 
