@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from loramux.config import Settings
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
@@ -48,6 +50,10 @@ def prepare_model(settings: Settings, progress: Progress | None = None) -> Loade
         progress=progress,
     )
     model = loaded.model
+    if model.shortcut is not None:
+        # All that is worth several threads has those of the native operations. Torch's own may spin for
+        # milliseconds after each use, on the cores where these are to run.
+        torch.set_num_threads(1)
     block_size = EngineSettings().block_size
     most = settings.max_batch_rows * -(-model.max_context // block_size)
     model.allocate_kv(kv_blocks(model, settings.kv_memory, block_size, most), block_size)

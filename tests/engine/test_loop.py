@@ -346,7 +346,7 @@ async def test_death_of_the_thread_fails_everything_at_once(monkeypatch: pytest.
         requests = [request([1]), request([2], FakeAdapter("slow", "slow-1"))]
         tasks = [asyncio.create_task(server.failure(r)) for r in requests]
         await asyncio.sleep(0)
-        monkeypatch.setattr(server.engine._engine, "step", broken)
+        monkeypatch.setattr(server.engine._engine, "prepare", broken)
         server.model.open()
         errors = await asyncio.wait_for(asyncio.gather(*tasks), 5)
         assert {type(e) for e in errors} == {EngineFault}

@@ -10,6 +10,7 @@ import torch
 from loramux.errors import UnsupportedModel
 from loramux.model.causal_lm import flat_inputs
 from loramux.model.loading import dequantized_model, load_model
+from loramux.ops.cpu.backend import NativeBackend
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.model.tiny import FAMILIES, greedy_flat, make_config, save_tiny
@@ -48,6 +49,17 @@ def test_bfloat16_follows_the_oracle(family: str, tmp_path: Path) -> None:
     got = model.forward(flat_inputs([(prompt, 0) for prompt in PROMPTS], 4)).float()
     expected = torch.cat([oracle(torch.tensor([prompt])).logits[0] for prompt in PROMPTS])
     assert (got - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_the_shortcut_changes_no_bit(family: str, tmp_path: Path) -> None:
+    model = load_model(str(save_tiny(family, tmp_path)), device="cpu", dtype="bf16").model
+    inputs = flat_inputs([(PROMPTS[0], 0), (PROMPTS[1] * 70, 0)], 4, logits="last")  # far positions, too
+    model.allocate_kv(256, 4)
+    assert isinstance(model.backend, NativeBackend) == (model.shortcut is not None)
+    short = model.forward(inputs)
+    model.shortcut = None
+    assert torch.equal(short, model.forward(inputs))
 
 
 def test_a_step_of_prompt_chunks_needs_no_logits(tmp_path: Path) -> None:

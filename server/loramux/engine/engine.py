@@ -132,27 +132,42 @@ class Engine:
 
     def step(self) -> bool:
         """Compute one batch; False if there was nothing to compute."""
+        batch = self.prepare()
+        if batch is not None:
+            self.compute(batch)
+        return batch is not None
+
+    def prepare(self) -> Batch | None:
+        """Choose and lay out the next batch, for `compute`, which must follow at once; None if there is nothing."""
         lap = _Laps(self._seconds, self._clock)
         self._end_the_doomed()
-        rows = self.scheduler.schedule()
-        self._note_starts(rows)
-        lap("schedule")
-        if not rows:
-            return False
-        try:
-            batch = build_batch(rows, self.kv.block_size)
+        while rows := self.scheduler.schedule():
+            self._note_starts(rows)
+            lap("schedule")
+            try:
+                batch = build_batch(rows, self.kv.block_size)
+            except Exception:
+                self._survive_fault(rows)
+                continue
             lap("build")
+            return batch
+        lap("schedule")
+        return None
+
+    def compute(self, batch: Batch) -> None:
+        """Run the model on the batch and give its tokens out."""
+        lap = _Laps(self._seconds, self._clock)
+        try:
             with torch.inference_mode():
                 logits = self.model.forward(batch.inputs)
             lap("forward")
             tokens = sample(logits, batch.sampled)
             lap("sample")
         except Exception:
-            self._survive_fault(rows)
-            return True
+            self._survive_fault(batch.rows)
+            return
         self._deliver(batch, tokens)
         lap("deliver")
-        return True
 
     def finish(self, group: Group, last: SequenceFinished | RequestFailed) -> None:
         """The one way out of every request: frees its blocks, its places and its lease, then says `last`."""

@@ -2,6 +2,10 @@
 
 What crosses: requests and aborts through an inbox (deque + threading.Event), events back through an outbox
 that goes to the event loop in one call_soon_threadsafe a step. Neither side ever waits for the other.
+
+The outbox goes when the next batch is ready, so that the loop writes to the clients while the model computes
+without the interpreter's lock; and a second thread, the messenger, makes the call. Whoever wakes the loop gives
+the lock away and gets it back only after the loop has written what it was woken for.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
+from queue import SimpleQueue
 
 from tokenizers import Tokenizer
 
@@ -47,9 +52,11 @@ class AsyncEngine:
         self._on_finish = on_finish
         self._engine = Engine(model, tokenizer, settings, on_finish=self._engine_has_finished)
         self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
+        self._messenger = threading.Thread(target=self._carry, name="loramux-messenger", daemon=True)
         self._wake = threading.Event()
         self._inbox: deque[Callable[[], None]] = deque()
         self._outbox: list[Callable[[], None]] = []  # to be called on the event loop, in this order
+        self._handed_over: SimpleQueue[list[Callable[[], None]] | None] = SimpleQueue()  # full outboxes; None: no more
         self._streams: dict[Request, Stream] = {}  # every request whose lease is still out
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,6 +79,7 @@ class AsyncEngine:
         """Start the engine's thread; events go to the running loop."""
         self._loop = asyncio.get_running_loop()
         self._alive = True
+        self._messenger.start()
         self._thread.start()
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
@@ -125,6 +133,7 @@ class AsyncEngine:
         self._wake.set()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._messenger.join)
         self._alive = False
         self._fail_all(lambda: Draining("the server has stopped"))
 
@@ -205,14 +214,20 @@ class AsyncEngine:
                 self._wake.clear()  # before the inbox is read: what comes later sets it again
                 while self._inbox:
                     self._inbox.popleft()()
-                computed = self._engine.step()
+                batch = self._engine.prepare()
                 self._flush()
-                if not computed:
+                if batch is not None:
+                    self._engine.compute(batch)
+                else:
                     self._wake.wait(self._engine.idle_seconds())
+            self._flush()
         except BaseException:
             log.exception("the engine's thread has died")
             self._alive = False
-            self._call_soon(partial(self._fail_all, partial(EngineFault, FAULT_TEXT)))
+            self._outbox.append(partial(self._fail_all, partial(EngineFault, FAULT_TEXT)))
+            self._hand_over()
+        finally:
+            self._handed_over.put(None)
 
     def _submit(self, request: Request, stream: Stream) -> None:
         sink = self._sink(stream)
@@ -230,12 +245,18 @@ class AsyncEngine:
         self._outbox.append(partial(self._release, request))
 
     def _flush(self) -> None:
-        """One call to the event loop for all that happened since the last; the snapshot is fresh by then."""
+        """All that happened since the last flush goes to the event loop; the snapshot is fresh by then."""
         self._stats = self._engine.stats()
         if self._outbox:
-            calls, self._outbox = self._outbox, []
-            self._call_soon(partial(self._deliver, calls))
+            self._hand_over()
 
-    def _call_soon(self, call: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(call)
+    def _hand_over(self) -> None:
+        self._handed_over.put(self._outbox)
+        self._outbox = []
+
+    # The messenger's side.
+
+    def _carry(self) -> None:
+        while (calls := self._handed_over.get()) is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(self._deliver, calls)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from loramux.model.inputs import ModelInputs
 from loramux.model.modules import SiteLinear
+from loramux.model.shortcut import Shortcut
 from loramux.model.step import Step
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache, PagedBatch
@@ -62,6 +63,7 @@ class CausalLM:
         self.device = device
         self.dtype = dtype
         self.eos_token_ids = eos_token_ids
+        self.shortcut: Shortcut | None = None  # in place of the skeleton's own forward
         self.block_size = 0
         self.num_kv_blocks = 0
         config = skeleton.config
@@ -116,12 +118,13 @@ class CausalLM:
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Logits [R, V] in the compute dtype for `inputs.logits_rows`; writes the rows' keys and values."""
+        ids, positions = inputs.token_ids.to(self.device), inputs.positions.to(self.device)
+        rows = inputs.logits_rows.to(self.device)
         with self._running(inputs):
+            if self.shortcut is not None:
+                return self.shortcut.run(ids, positions, rows)
             output = self._skeleton(
-                input_ids=inputs.token_ids.to(self.device).unsqueeze(0),
-                position_ids=inputs.positions.to(self.device).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=inputs.logits_rows.to(self.device),
+                input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=rows
             )
         logits: Tensor = output.logits[0]
         return logits

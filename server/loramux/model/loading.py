@@ -13,6 +13,7 @@ from loramux.model.attention import NAME as ATTENTION
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.fused import fuse
 from loramux.model.selftest import BLOCK, prove_flat
+from loramux.model.shortcut import Shortcut
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
@@ -80,6 +81,7 @@ def load_model(
         _context(opened, max_context),
     )
     fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
+    model.shortcut = Shortcut.find(skeleton, model.max_context)
     prove_flat(model)
     return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer))
 
