@@ -1,8 +1,11 @@
 // Threads of the native operations. Knows nothing of tensors.
 //
-// A region runs one function on all threads; `barrier` separates its phases. Waiting is a bounded spin and then a
-// futex, so that regions which follow each other closely start in well under a microsecond, and an idle server sleeps.
+// A region runs one function on all threads; `barrier` separates its phases. Waiting is a short spin, then a spin that
+// offers its core, then a futex: regions which follow each other closely start in well under a microsecond, the thread
+// that is waited for can run where the waiting one is, if others keep it from its own core, and an idle server sleeps.
 #pragma once
+
+#include <sched.h>
 
 #include <atomic>
 #include <cstdint>
@@ -52,12 +55,16 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins = 4000;  // some tens of microseconds: longer than the gap between two operations
+  static constexpr int kSpins = 100, kOffers = 1000;  // a microsecond or two, some hundreds of them
 
   static void wait(std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < kSpins; ++i) {
       if (value.load(std::memory_order_acquire) != old) return;
       relax();
+    }
+    for (int i = 0; i < kOffers; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      sched_yield();
     }
     value.wait(old, std::memory_order_acquire);
   }
