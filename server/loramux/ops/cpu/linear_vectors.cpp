@@ -166,6 +166,7 @@ template <int G>
 LORAMUX_INLINE void add(const int32_t* panel, const int32_t* x, const float* unit, const float* scale, float* totals) {
   __m256i sum[G][2];
   for (int g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
   for (int i = 0; i < kPairs; ++i) {
     const auto* from = reinterpret_cast<const __m256i*>(panel + i * kTile);
     const __m256i w0 = _mm256_load_si256(from), w1 = _mm256_load_si256(from + 1);
