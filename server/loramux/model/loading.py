@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -110,6 +112,15 @@ def dequantized_model(
     if opened.generation_config is not None:
         dense.generation_config = opened.generation_config
     return dense.requires_grad_(False)
+
+
+def write_dense(source: str, folder: Path) -> None:
+    """Write `dequantized_model(source)` in bf16, with its tokenizer, as an ordinary Hugging Face folder."""
+    opened = open_source(source)
+    dequantized_model(opened, torch.bfloat16).save_pretrained(folder)
+    tokenizer: Any = opened.tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def pick_device(device: str) -> torch.device:
