@@ -45,14 +45,15 @@ def load_model(
     max_context: int | None = None,
     backend: Backend | None = None,
     progress: Progress | None = None,
+    compiling: Progress | None = None,
     revision: str | None = None,
 ) -> LoadedModel:
     """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4.
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
     adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
-    called after each tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with
-    the reason.
+    called after each tensor, compiling(done, total) after each file if native operations are compiled. Raises
+    StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -69,7 +70,7 @@ def load_model(
         # Only until the KV cache proper is allocated: room for the self-test's first pass.
         return LayerCache.allocate(8, BLOCK, heads, key_dim, value_dim, compute, place)
 
-    step = Step(backend or select_backend(place, compute), make_cache)
+    step = Step(backend or select_backend(place, compute, compiling), make_cache)
     connect(skeleton, linears, step)
     model = CausalLM(
         opened.name,
