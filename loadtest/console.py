@@ -96,14 +96,16 @@ def show_cells(
     cells: Sequence[Cell], ours: Mapping[str, list[float]], peers: Mapping[str, Mapping[str, list[float]]]
 ) -> None:
     """Show medians, cell by cell, ours and the peers', and which peer is ahead of us."""
-    table = Table(title="served, medians", title_justify="left")
-    for column in ("", "loramux", *peers, "ahead of loramux", "unit"):
-        table.add_column(column, justify="right" if column == "loramux" or column in peers else "left")
+    title = "served, medians: output tokens/s, prompt tokens/s in prefill"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "loramux", *peers):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table.add_column("ahead", no_wrap=True)
     for cell in cells:
         own = median(ours[cell.name])
         theirs = {peer: median(rates[cell.name]) for peer, rates in peers.items() if cell.name in rates}
         shown = [f"{theirs[peer]:,.1f}" if peer in theirs else "–" for peer in peers]
-        table.add_row(cell.name, f"{own:,.1f}", *shown, ahead(own, theirs), cell.unit)
+        table.add_row(cell.name, f"{own:,.1f}", *shown, ahead(own, theirs))
     err.print(table)
 
 

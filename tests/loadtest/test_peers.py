@@ -208,10 +208,12 @@ def test_a_peer_is_ahead_only_if_it_is_faster() -> None:
 
 
 def test_the_table_names_who_is_ahead(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    ours = {cell.name: [1.0, 2.0, 3.0] for cell in CELLS}
-    show_cells(CELLS, ours, {"llama.cpp": {"serve_c1_base": [3.0, 4.0, 1.0], "serve_c16_base": [1.0]}})
-    rows = {line.split()[1]: line for line in capsys.readouterr().err.splitlines() if "output tokens/s" in line}
+    monkeypatch.setenv("COLUMNS", "80")
+    ours = {cell.name: [10.0, 200.0, 3000.0] for cell in CELLS}
+    some = {"serve_c1_base": [300.0, 400.0, 100.0], "serve_c16_base": [100.0]}
+    show_cells(CELLS, ours, {"llama.cpp": some, "vllm": {"prefill_a16": [1.0]}, "peft": {}})
+    rows = {line.split()[1]: line for line in capsys.readouterr().err.splitlines() if line.startswith("│")}
+    assert list(rows) == [cell.name for cell in CELLS]
     assert "llama.cpp, 1.50 ×" in rows["serve_c1_base"]
     assert "llama.cpp" not in rows["serve_c16_base"]
-    assert "–" in rows["serve_c16_a16"]
+    assert rows["serve_c16_a16"].count("–") == 3
