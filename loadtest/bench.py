@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from loadtest.adapters import CONFIG_FILE
 from loadtest.driver import DriveResult, StreamOpener, drive
 from loadtest.report import RequestRecord, summarize
 from loadtest.target import Target
-from loadtest.workload import PlannedRequest, WorkloadSpec, plan
+from loadtest.workload import PlannedRequest, WorkloadSpec, plan, warmup
 
 LOADS_AT_ONCE = 4
-WARMUP_OUTPUT_LEN = 8
 
 
 class NotEnoughAdapters(Exception):
@@ -43,16 +42,7 @@ async def bench(
     workload = spec.workload
     stream = opener(target, spec)
     if spec.warmup:
-        # Every adapter once, briefly; with prompts of their own, lest the measured ones be in a prefix cache.
-        warm = replace(
-            workload,
-            num_prompts=max(spec.warmup, len(workload.adapters)),
-            output_len=min(workload.output_len, WARMUP_OUTPUT_LEN),
-            spread="even",
-            request_rate=None,
-            seed=workload.seed + 1_000_003,
-        )
-        await drive(stream, plan(warm), concurrency=spec.concurrency or LOADS_AT_ONCE)
+        await drive(stream, plan(warmup(workload, spec.warmup)), concurrency=spec.concurrency or LOADS_AT_ONCE)
     result = await drive(
         stream,
         plan(workload),

@@ -95,14 +95,24 @@ def show_comparison(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> None:
 def show_cells(
     cells: Sequence[Cell], ours: Mapping[str, list[float]], peers: Mapping[str, Mapping[str, list[float]]]
 ) -> None:
-    """Show medians, cell by cell, ours and the peers'."""
-    table = Table(title="served, medians", title_justify="left")
-    for column in ("", "loramux", *peers, "unit"):
-        table.add_column(column, justify="left" if column in ("", "unit") else "right")
+    """Show medians, cell by cell, ours and the peers', and which peer is ahead of us."""
+    title = "served, medians: output tokens/s, prompt tokens/s in prefill"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "loramux", *peers):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table.add_column("ahead", no_wrap=True)
     for cell in cells:
-        shown = [f"{median(rates[cell.name]):,.1f}" if cell.name in rates else "–" for rates in peers.values()]
-        table.add_row(cell.name, f"{median(ours[cell.name]):,.1f}", *shown, cell.unit)
+        own = median(ours[cell.name])
+        theirs = {peer: median(rates[cell.name]) for peer, rates in peers.items() if cell.name in rates}
+        shown = [f"{theirs[peer]:,.1f}" if peer in theirs else "–" for peer in peers]
+        table.add_row(cell.name, f"{own:,.1f}", *shown, ahead(own, theirs))
     err.print(table)
+
+
+def ahead(ours: float, peers: Mapping[str, float]) -> str:
+    """Return the best of the peers and its rate over ours, if that is more than ours."""
+    best = max(peers, key=lambda peer: peers[peer], default=None)
+    return f"{best}, {peers[best] / ours:.2f} ×" if best is not None and peers[best] > ours else ""
 
 
 def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:

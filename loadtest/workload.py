@@ -7,7 +7,7 @@ Knows nothing of servers, time or asyncio.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Spread = Literal["even", "zipf"]
 SPREADS: tuple[Spread, ...] = get_args(Spread)
+WARMUP_OUTPUT_LEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,21 @@ def plan(spec: WorkloadSpec) -> list[PlannedRequest]:
     return [
         PlannedRequest(i, arrivals[i], adapters[i], tuple(ids[i]), spec.output_len) for i in range(spec.num_prompts)
     ]
+
+
+def warmup(spec: WorkloadSpec, requests: int) -> WorkloadSpec:
+    """Return what to send before a run: `requests` or more, brief, every adapter once.
+
+    Their prompts are their own, lest the measured ones be in a prefix cache.
+    """
+    return replace(
+        spec,
+        num_prompts=max(requests, len(spec.adapters)),
+        output_len=min(spec.output_len, WARMUP_OUTPUT_LEN),
+        spread="even",
+        request_rate=None,
+        seed=spec.seed + 1_000_003,
+    )
 
 
 def plan_arrivals(count: int, rate: float | None, burstiness: float, rng: np.random.Generator) -> list[float]:

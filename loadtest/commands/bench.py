@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,17 +20,21 @@ from loadtest.commands.options import ModelOption, SeedOption, connect
 from loadtest.commands.peers import warn_if_busy
 from loadtest.console import err, progress, show_cells, show_kernels
 from loadtest.kernels import kernels, machine
-from loadtest.peers.llama_peer import LlamaServer, LlamaUnavailable, llama_server
+from loadtest.peers.llama_peer import LlamaPeer
+from loadtest.peers.peer import Peer, PeerUnavailable
+from loadtest.peers.peft_process import PeftProcess
+from loadtest.peers.vllm_peer import VllmPeer
 from loadtest.server_process import ServerAddress, serve
 from loadtest.shapes import linear_shapes, read_config
 from loadtest.target import Target
-from loadtest.workload import plan
 
 RATIO_CELL = "serve_c16_a16"
 ADAPTERS = 16
 RANK = 16
 SLOTS = 32
-VOCABULARY_OF_PLANS = 32_000
+SLOT_TOKENS = 1024
+PEFT_CELLS = ("serve_c16_base", RATIO_CELL)
+PEFT_RUNS = 3  # it takes minutes
 Rates = dict[str, list[float]]
 
 
@@ -45,6 +47,7 @@ def run_bench(
         Path | None, typer.Option(help="Folder with llama-server and llama-quantize: measure llama.cpp as well.")
     ] = None,
     llama_gguf: Annotated[Path | None, typer.Option(help="The same model as a GGUF file, for llama.cpp.")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="Virtual environment with bin/vllm: measure vLLM as well.")] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure the operations, the served workload and its peers on this machine, in one run.
@@ -56,6 +59,8 @@ def run_bench(
     `python -m loadtest bench --runs 3 --only kernels`
 
     `python -m loadtest bench --llama-cpp /opt/llama.cpp/bin --llama-gguf SmolLM2-135M-Instruct.Q4_1.gguf`
+
+    `python -m loadtest bench --only served --vllm /opt/vllm`
     """
     if only not in ("all", "kernels", "served"):
         raise typer.BadParameter("--only takes kernels, served or all")
@@ -65,6 +70,8 @@ def run_bench(
         for file in (llama_cpp / "llama-server", llama_cpp / "llama-quantize", llama_gguf):
             if not file.is_file():
                 raise typer.BadParameter(f"llama.cpp: there is no file {file}")
+    if vllm is not None and not (vllm / "bin" / "vllm").is_file():
+        raise typer.BadParameter(f"vLLM: there is no file {vllm / 'bin' / 'vllm'}")
     warn_if_busy()
     lines: list[dict[str, Any]] = []
     if only != "served":
@@ -72,30 +79,37 @@ def run_bench(
         show_kernels(measured)
         lines += measured
     if only != "kernels":
-        with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
-            lines += served(model, Path(scratch), runs, seed, peft=peft, llama_cpp=llama_cpp, llama_gguf=llama_gguf)
+        with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder:
+            scratch = Path(folder)
+            root = scratch / "adapters"
+            shapes = linear_shapes(read_config(model))
+            adapters = write_adapters(root, shapes, count=ADAPTERS, ranks=[RANK], seed=seed)
+            peers: list[Peer] = []
+            if llama_cpp is not None and llama_gguf is not None:
+                peers.append(LlamaPeer(llama_cpp, llama_gguf, adapters, scratch, CELLS, runs, SLOTS, SLOT_TOKENS))
+            if vllm is not None:
+                peers.append(VllmPeer(vllm, model, adapters, RANK, scratch, CELLS, runs, SLOTS, SLOT_TOKENS))
+            if peft:
+                cells = [cell for cell in CELLS if cell.name in PEFT_CELLS]
+                peers.append(PeftProcess(model, root, cells, min(runs, PEFT_RUNS)))
+            lines += served(model, adapters, scratch, peers, runs, seed)
     for line in lines:
         print(json.dumps(line))
 
 
 def served(
-    model: str, scratch: Path, runs: int, seed: int, *, peft: bool, llama_cpp: Path | None, llama_gguf: Path | None
+    model: str, folders: list[Path], scratch: Path, peers: Sequence[Peer], runs: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Every cell through a server of its own, and through the peers that there are; one line a cell and peer."""
-    root = scratch / "adapters"
-    folders = write_adapters(root, linear_shapes(read_config(model)), count=ADAPTERS, ranks=[RANK], seed=seed)
+    """Every cell through a server of its own, then through the peers; one line a cell and peer."""
+    root = folders[0].parent
     with serve(["--model", model, "--adapter-dir", str(root), "--log-level", "warning"], scratch) as address:
         ours = asyncio.run(measure(address, folders, runs, seed))
-    peers: dict[str, Rates] = {}
-    if llama_cpp is not None and llama_gguf is not None:
-        peers["llama.cpp"] = measure_llama(llama_cpp, llama_gguf, folders, scratch, runs, seed)
-    if peft:
-        peers["peft"] = measure_peft(model, root, min(runs, 3), seed)
-    show_cells(CELLS, ours, peers)
+    theirs = {peer.name: measure_peer(peer, seed) for peer in peers}
+    show_cells(CELLS, ours, theirs)
     lines = [line(cell.name, ours[cell.name], cell.unit) for cell in CELLS]
-    for peer, rates in peers.items():
-        lines += [line(f"{peer}:{name}", found, "tokens/s") for name, found in rates.items()]
-    best = max((median(rates[RATIO_CELL]) for rates in peers.values() if RATIO_CELL in rates), default=None)
+    for name, rates in theirs.items():
+        lines += [line(f"{name}:{cell}", found, "tokens/s") for cell, found in rates.items()]
+    best = max((median(rates[RATIO_CELL]) for rates in theirs.values() if RATIO_CELL in rates), default=None)
     if best is not None:
         lines.append(line("peer_ratio_c16_a16", [rate / best for rate in ours[RATIO_CELL]], "times the best peer"))
     return lines
@@ -130,43 +144,16 @@ async def one_run(server: Target, cell: Cell, vocab_size: int, names: tuple[str,
     return cell.rate(summary)
 
 
-def measure_llama(binaries: Path, gguf: Path, folders: list[Path], scratch: Path, runs: int, seed: int) -> Rates:
-    """The same cells through llama.cpp's server; what it cannot do is left out, with the reason on stderr."""
-    rates: Rates = {cell.name: [] for cell in CELLS}
-    try:
-        with (
-            llama_server(
-                binaries, gguf, folders, scratch, slots=SLOTS, slot_tokens=1024, threads=os.cpu_count() or 1
-            ) as server,
-            progress() as bar,
-        ):
-            task = bar.add_task("llama.cpp", total=runs * len(CELLS), note="")
-            for i in range(runs):
-                for cell in CELLS:
-                    rates[cell.name].append(one_llama_run(server, cell, folders, seed + i))
-                    bar.update(task, advance=1, note=f"{cell.name}: {rates[cell.name][-1]:,.1f} {cell.unit}")
-    except LlamaUnavailable as reason:
-        err.print(f"[yellow]llama.cpp: {reason}")
-    return {name: found for name, found in rates.items() if found}
-
-
-def one_llama_run(server: LlamaServer, cell: Cell, folders: list[Path], seed: int) -> float:
-    """One cell once."""
-    workload = cell.workload(VOCABULARY_OF_PLANS, tuple(folder.name for folder in folders), seed)
-    return server.rate(plan(workload), cell.concurrency, counts_prompt=cell.counts_prompt)
-
-
-def measure_peft(model: str, root: Path, runs: int, seed: int) -> Rates:
-    """PEFT in a process of its own, whose threads end with it: the cell that the ratio is taken from, and its base."""
+def measure_peer(peer: Peer, seed: int) -> Rates:
+    """The rates of its cells; what it could not do is left out, with the reason on stderr."""
     rates: Rates = {}
-    for name, adapters in ((RATIO_CELL, ADAPTERS), ("serve_c16_base", 0)):
-        command = [sys.executable, "-m", "loadtest", "peers", "peft", "--model", model, "--adapter-dir", str(root)]
-        command += ["--adapters", str(adapters), "--concurrency", "16", "--runs", str(runs), "--seed", str(seed)]
-        err.print(f"PEFT, {adapters} adapters …")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            err.print(f"[yellow]PEFT: {done.stderr.strip()[-300:]}")
-            continue
-        found: Mapping[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        rates[name] = found["output_throughput_runs"]
+    with progress() as bar, closing(peer.measure(seed)) as measured:
+        task = bar.add_task(peer.name, total=peer.runs * len(peer.cells), note="starting")
+        try:
+            for cell, rate in measured:
+                rates.setdefault(cell, []).append(rate)
+                bar.update(task, advance=1, note=f"{cell}: {rate:,.1f} tokens/s")
+        except PeerUnavailable as reason:
+            # Its words are a log's: no markup, and whole lines.
+            err.print(f"{peer.name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return rates

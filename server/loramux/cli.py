@@ -234,10 +234,10 @@ def quantize(
 
     Example: loramux quantize ./Llama-3-8B ./Llama-3-8B-nf4
     """
-    from loramux.progress import tensors
+    from loramux.progress import bars
     from loramux.quantize import quantize_to
 
-    with tensors(errors, f"Quantizing {source}") as progress:
+    with bars(errors, f"Quantizing {source}") as (progress,):
         size = quantize_to(source, out, progress)
     console.print(f"Wrote {out}: {size / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}", highlight=False)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from loramux.assembly import Application, assemble, prepare_model
 from loramux.config import Settings
-from loramux.progress import tensors
+from loramux.progress import bars
 from loramux.rpc.server import Addresses
 from loramux.tables import startup_table
 
@@ -32,8 +32,8 @@ async def run(settings: Settings, console: Console, ports_file: Path | None = No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, console)
-    with tensors(console, f"Loading {settings.model}") as progress:
-        loaded = await asyncio.to_thread(prepare_model, settings, progress)
+    with bars(console, f"Loading {settings.model}", "Compiling native operations") as (loading, compiling):
+        loaded = await asyncio.to_thread(prepare_model, settings, loading, compiling)
     application = assemble(settings, loaded)
     # Hundreds of thousands of objects by now, all here to stay: a full collection that walks them is felt as a pause.
     gc.collect()

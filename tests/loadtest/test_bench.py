@@ -101,6 +101,7 @@ def test_operations_are_measured_beside_their_peers(monkeypatch: pytest.MonkeyPa
         ("--only everything", "--only takes kernels, served or all"),
         ("--llama-cpp /nowhere", "needs both --llama-cpp and --llama-gguf"),
         ("--llama-cpp /nowhere --llama-gguf /nothing", "there is no file /nowhere/llama-server"),
+        ("--vllm /nowhere", "there is no file /nowhere/bin/vllm"),
         ("--runs 0", "should be greater than or equal to 1"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,14 +46,15 @@ def load_model(
     max_context: int | None = None,
     backend: Backend | None = None,
     progress: Progress | None = None,
+    compiling: Progress | None = None,
     revision: str | None = None,
 ) -> LoadedModel:
     """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4.
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
     adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
-    called after each tensor. Raises StartupError (bad source or device) or UnsupportedModel (cannot be served), with
-    the reason.
+    called after each tensor, compiling(done, total) after each file if native operations are compiled. Raises
+    StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -68,7 +71,7 @@ def load_model(
         # Only until the KV cache proper is allocated: room for the self-test's first pass.
         return LayerCache.allocate(8, BLOCK, heads, key_dim, value_dim, compute, place)
 
-    step = Step(backend or select_backend(place, compute), make_cache)
+    step = Step(backend or select_backend(place, compute, compiling), make_cache)
     connect(skeleton, linears, step)
     model = CausalLM(
         opened.name,
@@ -112,6 +115,15 @@ def dequantized_model(
     if opened.generation_config is not None:
         dense.generation_config = opened.generation_config
     return dense.requires_grad_(False)
+
+
+def write_dense(source: str, folder: Path) -> None:
+    """Write `dequantized_model(source)` in bf16, with its tokenizer, as an ordinary Hugging Face folder."""
+    opened = open_source(source)
+    dequantized_model(opened, torch.bfloat16).save_pretrained(folder)
+    tokenizer: Any = opened.tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def pick_device(device: str) -> torch.device:

@@ -15,12 +15,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
 
 HERE = Path(__file__).parent
 # Instruction sets in rising order; a library built here runs on every x86-64 machine that has the first.
@@ -43,10 +45,11 @@ class Unavailable(Exception):
     """The native operations cannot be had here; the text says why."""
 
 
-def load_native(isa: str = "auto", threads: int | None = None) -> str:
+def load_native(isa: str = "auto", threads: int | None = None, progress: Progress | None = None) -> str:
     """Build if need be, load, and choose an instruction set; returns its name.
 
-    `isa` "auto" takes $LORAMUX_ISA or the best that this machine has. Raises Unavailable with the reason.
+    `isa` "auto" takes $LORAMUX_ISA or the best that this machine has; `progress` is for `compile_to`.
+    Raises Unavailable with the reason.
     """
     wanted = os.environ.get("LORAMUX_ISA", "auto") if isa == "auto" else isa
     if wanted == "none":
@@ -57,7 +60,7 @@ def load_native(isa: str = "auto", threads: int | None = None) -> str:
     if wanted != "auto" and wanted not in supported:
         raise Unavailable(f"LORAMUX_ISA={wanted}: this machine supports {', '.join(supported)}")
     if not hasattr(torch.ops.loramux_cpu, "linear"):
-        torch.ops.load_library(str(library()))
+        torch.ops.load_library(str(library(progress)))
     choices = [wanted] if wanted != "auto" else list(reversed(supported))
     for choice in choices:
         if torch.ops.loramux_cpu.configure(list(ISAS).index(choice), threads or _threads()):
@@ -76,8 +79,11 @@ def supported_isas() -> list[str]:
     return [isa for isa, needs in _NEEDS.items() if needs <= flags]
 
 
-def library() -> Path:
-    """The compiled library; compiles it if it is not there. Raises Unavailable without a compiler."""
+def library(progress: Progress | None = None) -> Path:
+    """The compiled library; compiles it if it is not there. `progress` is for `compile_to`.
+
+    Raises Unavailable without a compiler.
+    """
     installed = HERE / "libloramux_cpu.so"
     if installed.is_file():
         return installed
@@ -93,12 +99,17 @@ def library() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
             log.info("compiling the native CPU operations, once")
-            compile_to(target, compiler)
+            compile_to(target, compiler, progress=progress)
     return target
 
 
-def compile_to(target: Path, compiler: str = "g++", extra: tuple[str, ...] = ()) -> None:
-    """Compile all sources for all instruction sets into the library `target`. Raises Unavailable if that fails."""
+def compile_to(
+    target: Path, compiler: str = "g++", extra: tuple[str, ...] = (), progress: Progress | None = None
+) -> None:
+    """Compile all sources for all instruction sets into the library `target`. Raises Unavailable if that fails.
+
+    progress(done, total) is called at the start and after each file.
+    """
     scratch = target.with_suffix(f".{os.getpid()}")
     scratch.mkdir()
     torch_root = Path(torch.__file__).parent
@@ -118,9 +129,17 @@ def compile_to(target: Path, compiler: str = "g++", extra: tuple[str, ...] = ())
         _run([compiler, *_FLAGS, *extra, *arguments, "-c", "-o", str(built)])
         return built
 
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done, len(jobs))
+
     try:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_one, jobs))
+            objects: list[Path] = []
+            tell(0)
+            for built in pool.map(compile_one, jobs):
+                objects.append(built)
+                tell(len(objects))
         library_path = scratch / "library.so"
         link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lpthread"]
         _run([compiler, "-shared", *extra, "-o", str(library_path), *map(str, objects), *link])
