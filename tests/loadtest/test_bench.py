@@ -16,6 +16,7 @@ from loadtest.commands.bench import line, one_run
 from loadtest.kernels import kernels, limit
 from loadtest.shapes import linear_shapes
 from loadtest.target import Target
+from loadtest.workload import plan
 from tests.loadtest.fakes import VOCAB, Behaviour, serving
 
 TINY = {
@@ -46,6 +47,18 @@ def test_a_prefill_cell_counts_prompts_and_a_decode_cell_answers() -> None:
     rates = {cell.name: cell.rate(summary) for cell in CELLS}
     assert rates["prefill_base"] == 4096.0
     assert rates["serve_c16_a16"] == 8.0
+
+
+def test_no_prompt_comes_twice_in_a_run_of_all_cells() -> None:
+    """Two cells, or two runs of one, with the same prompts for the same adapter: the second would find them cached."""
+    names = tuple(f"a-{i:03}" for i in range(16))
+    sent = [
+        (request.adapter, tuple(request.prompt_ids))
+        for cell in CELLS
+        for seed in (0, 1)
+        for request in plan(cell.workload(VOCAB, names, seed))
+    ]
+    assert len(sent) == len(set(sent)) > 500
 
 
 async def test_a_run_sends_what_the_cell_says() -> None:
