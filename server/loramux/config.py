@@ -111,6 +111,16 @@ class Settings:
     adapter_memory: int = field(
         default=1 << 30, metadata=_is(values.SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
     )
+    adapter_host_memory: int = field(
+        default=1 << 30,
+        metadata=_is(values.SIZE, "Most host memory of adapters that were put out of the device's; 0B keeps none."),
+    )
+    adapter_scan_interval: float = field(
+        default=5.0,
+        metadata=_is(
+            seconds(0.0, 86400), "Seconds between looks for new, changed and removed adapters; 0 looks once, at start."
+        ),
+    )
     load_timeout: float = field(
         default=120.0, metadata=_is(seconds(0.1, 86400), "Most seconds that loading one adapter may take.")
     )

@@ -82,7 +82,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(name=NAMES, request=REQUESTS)
     def lease(self, name: str, request: str) -> None:
         try:
-            entry = self.registry.lease(name, request)
+            entry = self.registry.lease([name], request)[0].entry
         except (AdapterNotFound, AdapterUnavailable):
             return
         assert entry.state in (State.LOADING, State.READY)

@@ -47,9 +47,11 @@ class Loader:
         self._limits = limits
         self._timeout = timeout
         self._workers = Workers(workers, "loramux-adapters")
-        self._jobs: dict[asyncio.Task[Outcome], Job] = {}
+        self._jobs: dict[asyncio.Task[Any], Job] = {}
         self._loads: dict[str, asyncio.Task[Outcome]] = {}  # by name
         self._closed = False
+        registry.tiers.measure = lambda entry: self._begin(entry, self._measure_entry)
+        registry.tiers.fetch = self._fetch
 
     async def load(self, name: str, source: str, *, replace: bool, pin: bool) -> Outcome:
         """See AdapterManager.load. Who waits here may go away: the load goes on."""
@@ -85,6 +87,47 @@ class Loader:
         if self._jobs:
             await asyncio.wait(set(self._jobs))
         await self._workers.close(grace)
+
+    def _fetch(self, entry: AdapterEntry) -> None:
+        if entry.hosted is not None:
+            self._registry.fetched(entry.uid, entry.hosted, load_seconds=entry.load_seconds)
+        else:
+            self._begin(entry, self._fetch_entry)
+
+    def _begin(self, entry: AdapterEntry, work: Callable[[Job, AdapterEntry], Coroutine[Any, Any, None]]) -> None:
+        """Work that requests wait for, not an operator: its outcome goes to the registry."""
+        if self._closed:
+            error = Draining("the server is shutting down and loads no more adapters")
+            asyncio.get_running_loop().call_soon(self._registry.fetch_failed, entry.uid, error)
+            return
+        job = Job(self._timeout)
+        task = asyncio.get_running_loop().create_task(work(job, entry))
+        self._jobs[task] = job
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        del self._jobs[task]
+        retrieve(task)
+
+    async def _measure_entry(self, job: Job, entry: AdapterEntry) -> None:
+        try:
+            folder = await self._workers.run(job, self._roots.resolve, entry.source)
+            self._registry.tiers.measured(entry, await self._workers.run(job, self._measure, folder))
+        except Exception as error:
+            self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
+
+    async def _fetch_entry(self, job: Job, entry: AdapterEntry) -> None:
+        started = asyncio.get_running_loop().time()
+        with self._reservation(job, entry.uid):
+            try:
+                folder = await self._workers.run(job, self._roots.resolve, entry.source)
+                loaded = await self._workers.run(job, self._read, folder)
+                if entry.state is State.UNLOADED:
+                    return  # nobody waits any more
+                seconds = asyncio.get_running_loop().time() - started
+                self._registry.fetched(entry.uid, loaded, load_seconds=seconds)
+            except Exception as error:
+                self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
 
     def _job(self) -> Job:
         if self._closed:
@@ -142,7 +185,7 @@ class Loader:
     async def _read_within_budget(self, job: Job, owner: str, name: str, folder: Path) -> LoadedAdapter:
         try:
             nbytes = await self._workers.run(job, self._measure, folder)
-            self._registry.budget.reserve(owner, nbytes, what=f"adapter {name!r}")
+            self._registry.tiers.room(owner, nbytes, what=f"adapter {name!r}")
             return await self._workers.run(job, self._read, folder)
         except Exception as error:
             raise _as_known(name, error) from None
@@ -153,7 +196,11 @@ class Loader:
         try:
             yield
         finally:
-            job.when_idle(lambda: self._registry.budget.unreserve(owner))
+            job.when_idle(lambda: self._unreserve(owner))
+
+    def _unreserve(self, owner: str) -> None:
+        self._registry.budget.unreserve(owner)
+        self._registry.tiers.advance()
 
 
 def _name_taken(current: AdapterEntry, digest: str, folder: Path) -> AdapterExists:

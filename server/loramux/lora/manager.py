@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loramux.errors import AdapterNotFound, Cancelled, DeadlineExceeded
+from loramux.lora.catalog import Catalog
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.limits import ReadLimits
 from loramux.lora.loader import Loader
@@ -31,7 +32,8 @@ class AdapterManager:
 
     `read(folder)` reads, checks and places an adapter; `measure(folder)` says beforehand how many bytes it will take
     (the weights file's size, if not given). Both run in a worker and may raise any LoramuxError. `load_timeout` is in
-    seconds, and so is `cancel_grace`: how long cancelled requests may take to end.
+    seconds, and so are `cancel_grace`, how long cancelled requests may take to end, and `scan_interval`, see Catalog;
+    None leaves what lies under the roots alone until somebody loads it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class AdapterManager:
         measure: Callable[[Path], int] | None = None,
         limits: ReadLimits | None = None,
         load_timeout: float = 300.0,
+        scan_interval: float | None = None,
         cancel_grace: float = 30.0,
         workers: int = 2,
     ) -> None:
@@ -56,11 +59,17 @@ class AdapterManager:
             timeout=load_timeout,
             workers=workers,
         )
+        self._catalog = None if scan_interval is None else Catalog(registry, roots.paths, interval=scan_interval)
         self._cancel_grace = cancel_grace
         self._gone: dict[str, asyncio.Event] = {}  # uid → set when a draining entry is dropped
         self._watchers: set[Subscription[AdapterEntry]] = set()
         self._closed = False
         self._unlisten = registry.listen(self._changed)
+
+    async def start(self) -> None:
+        """Register what lies under the roots, and keep looking."""
+        if self._catalog is not None:
+            await self._catalog.start()
 
     async def load(
         self,
@@ -155,6 +164,8 @@ class AdapterManager:
         What is loaded stays loaded.
         """
         self._closed = True
+        if self._catalog is not None:
+            await self._catalog.close()
         await self._loader.close(grace)
         for watcher in tuple(self._watchers):
             watcher.close()
