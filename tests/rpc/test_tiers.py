@@ -134,3 +134,21 @@ async def test_what_an_operator_unloaded_stays_away_until_its_folder_changes(tmp
             await ask(r, "a")
         await r.admin.load("a")
         await ask(r, "a")
+
+
+async def test_metrics_tell_where_adapters_were(tmp_path: Path) -> None:
+    async with running(
+        tmp_path, adapters=("a", "b", "c"), load=False, scan_interval=0.0, budget=24, host_budget=12
+    ) as r:
+        for name in ("a", "b", "a", "c", "a"):
+            await ask(r, name)
+        await r.settle()
+        text = await asyncio.to_thread(r.server.metrics.render)
+        found = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
+        assert found['loramux_adapter_lookups_total{tier="device"}'] == "2.0"
+        assert found['loramux_adapter_lookups_total{tier="disk"}'] == "3.0"
+        assert found["loramux_adapter_evictions_total"] == "1.0"
+        assert found['loramux_adapter_residency{tier="device"}'] == "2.0"
+        assert found['loramux_adapter_residency{tier="host"}'] == "1.0"
+        assert found["loramux_adapter_host_bytes"] == "12.0"
+        assert found["loramux_adapter_load_seconds_count"] == "3.0"

@@ -37,6 +37,7 @@ class AdapterRegistry:
     ) -> None:
         self.tiers = Tiers(device_budget, host_budget)
         self.tiers.changed = self._changed
+        self.loaded: Callable[[AdapterEntry], None] = lambda entry: None  # files were read, or a host copy placed
         self.budget = self.tiers.device
         self._clock = clock
         self._names: dict[str, AdapterEntry] = {}  # what a client's name means now
@@ -87,8 +88,7 @@ class AdapterRegistry:
         for entry in entries:
             entry.last_used_at = self._clock()
             leases.append(entry.leases.setdefault(request_id, Lease(entry, request_id)))
-        if any(lease.weights is None for lease in leases):
-            self.tiers.enter(request_id, leases)
+        self.tiers.enter(request_id, leases)
         return leases
 
     def release(self, uid: str, request_id: str) -> None:
@@ -174,6 +174,7 @@ class AdapterRegistry:
         entry.loaded_at = self._clock()
         if entry.state is not State.DRAINING:
             entry.state = State.READY
+        self.loaded(entry)
 
     def fetch_failed(self, uid: str, error: LoramuxError) -> None:
         """What the tiers asked for cannot be had: for all that wait for it, and for all that come if its files are at

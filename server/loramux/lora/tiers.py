@@ -56,6 +56,7 @@ class Tiers:
         self.changed: Callable[[AdapterEntry], None] = _nobody
         self.turn: Callable[[], None] = lambda: None
         self.evictions = 0
+        self.lookups = dict.fromkeys(Residency, 0)  # where adapters were when requests asked for them
         self._patience = patience
         self._clock = clock
         self._waiting: dict[str, Ticket] = {}  # by request, the oldest first
@@ -77,6 +78,7 @@ class Tiers:
         """Queue a request for all of `leases` at once; each gets `weights` in one moment, or one gets an `error`."""
         for lease in leases:
             entry = lease.entry
+            self.lookups[entry.residency] += 1
             entry.uses += 1
             entry.worth = self._worth(entry)
         self._waiting[request_id] = Ticket(tuple(leases), self._clock())
