@@ -105,6 +105,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         limits=limits,
         load_timeout=settings.load_timeout,
         scan_interval=settings.adapter_scan_interval,
+        declared_in=settings.adapters_file,
     )
     info = ModelInfo(
         model=settings.model,

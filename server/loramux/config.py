@@ -108,6 +108,13 @@ class Settings:
     adapter: tuple[StartAdapter, ...] = field(
         default=(), metadata=_is(many(values.START_ADAPTER), "Adapter to load at start; repeatable.")
     )
+    adapters_file: Path | None = field(
+        default=None,
+        metadata=_is(
+            values.FILE,
+            "YAML of adapters to have: name, source, digest, pin. Applied at start, on SIGHUP and when it changes.",
+        ),
+    )
     adapter_memory: int = field(
         default=1 << 30, metadata=_is(values.SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
     )

@@ -210,7 +210,7 @@ def test_files_that_changed_are_not_served_under_the_old_digest() -> None:
         store.end(name, leases)
     again = store.ask("again", "a")
     entry = store.fetching.pop()
-    with pytest.raises(InvalidAdapter, match="load it again"):
+    with pytest.raises(InvalidAdapter, match="load what lies there"):
         store.registry.fetched(entry.uid, FakeAdapter(60, "sha256:other"))
     store.registry.fetch_failed(entry.uid, InvalidAdapter("a", "changed"))
     assert again[0].error is not None

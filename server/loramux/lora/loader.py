@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, LoramuxError
+from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.limits import ReadLimits
 from loramux.lora.registry import AdapterRegistry
@@ -53,13 +53,14 @@ class Loader:
         registry.tiers.measure = lambda entry: self._begin(entry, self._measure_entry)
         registry.tiers.fetch = self._fetch
 
-    async def load(self, name: str, source: str, *, replace: bool, pin: bool) -> Outcome:
-        """See AdapterManager.load. Who waits here may go away: the load goes on."""
+    async def load(self, name: str, source: str, *, replace: bool, pin: bool, digest: str | None = None) -> Outcome:
+        """See AdapterManager.load. Who waits here may go away: the load goes on. `digest`: refuse any other."""
         while (running := self._loads.get(name)) is not None:
             await asyncio.wait({running})
         job = self._job()
+        work = self._load(job, name, source, replace, pin, digest)
         # No name for the task here: a frame that holds its task holds its exception, which holds the frame.
-        return await asyncio.shield(self._start(name, job, self._load(job, name, source, replace, pin), self._loads))
+        return await asyncio.shield(self._start(name, job, work, self._loads))
 
     async def validate(self, name: str, source: str) -> AdapterEntry:
         """Read and drop; the entry is in no registry."""
@@ -149,9 +150,15 @@ class Loader:
         task.add_done_callback(ended)
         return task
 
-    async def _load(self, job: Job, name: str, source: str, replace: bool, pin: bool) -> Outcome:
+    async def _load(self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None) -> Outcome:
         started = asyncio.get_running_loop().time()
         folder = await self._workers.run(job, self._roots.resolve, source)
+        if wanted is not None:
+            found = await self._workers.run(job, folder_digest, folder, self._limits)
+            if found != wanted:
+                raise InvalidAdapter(
+                    str(folder), f"holds {found}, not {wanted}, which was asked for", reason="ADAPTER_FILES_CHANGED"
+                )
         current = self._registry.find(name)
         if current is not None and current.state is State.READY:
             # Hashed before anything is placed: what is loaded already must not need memory twice.

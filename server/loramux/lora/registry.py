@@ -103,11 +103,16 @@ class AdapterRegistry:
 
     # Loads.
 
-    def register(self, name: str, source: str, *, pinned: bool = False) -> AdapterEntry:
-        """A REGISTERED entry of a free name, read when first asked for. What is FAILED or REGISTERED gives way."""
+    def register(
+        self, name: str, source: str, *, pinned: bool = False, digest: str = "", managed: bool = True
+    ) -> AdapterEntry:
+        """A REGISTERED entry, read when first asked for; what had the name drains. `digest`: what its files must be.
+
+        No load of the name may run.
+        """
+        assert self.loading(name) is None, f"{name} is being loaded"
         current = self._names.get(name)
-        assert current is None or current.state in (State.FAILED, State.REGISTERED, State.READY), current
-        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, state=State.REGISTERED, managed=True)
+        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED, managed=managed)
         self._names[name] = self._entries[entry.uid] = entry
         self._changed(entry)
         if current is not None:
@@ -157,7 +162,8 @@ class AdapterRegistry:
         if entry.digest and loaded.digest != entry.digest:
             raise InvalidAdapter(
                 entry.source,
-                f"holds {loaded.digest} now, not {entry.digest}, which this adapter was loaded from; load it again",
+                f"holds {loaded.digest}, not {entry.digest}, which this adapter stands for; load what lies there now, "
+                "or put back what lay there",
                 reason="ADAPTER_FILES_CHANGED",
             )
         self._take(entry, loaded, load_seconds)

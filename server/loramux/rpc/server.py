@@ -112,7 +112,7 @@ class Server:
         """
         try:
             addresses = await self._listen()
-            await self._parts.adapters.start()
+            await self._start_adapters()
             await asyncio.gather(*(self._load(adapter) for adapter in self._settings.adapter))
         except BaseException:
             await self._close()
@@ -139,6 +139,12 @@ class Server:
         await self._public.start()
         await self._admin.start()
         return Addresses(public, admin, metrics)
+
+    async def _start_adapters(self) -> None:
+        try:
+            await self._parts.adapters.start()
+        except LoramuxError as error:
+            raise StartupError(error.message) from error
 
     async def _load(self, adapter: StartAdapter) -> None:
         try:
