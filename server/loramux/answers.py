@@ -178,7 +178,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter as the server sees it. `state` is "loading", "ready", "draining", "failed" or "unloaded"."""
+    """An adapter as the server sees it.
+
+    `state` is "registered", "loading", "ready", "draining", "failed" or "unloaded"; `residency` "disk", "host" or
+    "device".
+    """
 
     name: str
     uid: str
@@ -188,6 +192,7 @@ class Adapter:
     residency: str
     pinned: bool
     device_bytes: int
+    size_bytes: int
     max_rank: int
     target_modules: tuple[str, ...]
     sites: int
@@ -200,11 +205,13 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterList:
-    """All adapters, and the bytes they take on the device."""
+    """All adapters, and the bytes they take on the device and, put out of it, in the host's memory."""
 
     adapters: tuple[Adapter, ...]
     device_bytes: int
     device_budget_bytes: int
+    host_bytes: int
+    host_budget_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
     """Wire engine, adapters and faces around a prepared model. Call it on the event loop that will run them."""
     model = loaded.model
     tokenizer = loaded.tokenizer or IdsOnly()
-    registry = AdapterRegistry(device_budget=settings.adapter_memory)
+    registry = AdapterRegistry(device_budget=settings.adapter_memory, host_budget=settings.adapter_host_memory)
 
     def give_back(request: Request) -> None:
         for use in request.adapters:
@@ -104,6 +104,8 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         measure=lambda folder: measure(folder, model.dtype.itemsize, limits),
         limits=limits,
         load_timeout=settings.load_timeout,
+        scan_interval=settings.adapter_scan_interval,
+        declared_in=settings.adapters_file,
     )
     info = ModelInfo(
         model=settings.model,

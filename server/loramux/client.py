@@ -223,7 +223,7 @@ class AdminClient(SyncLink):
             page = self._call(self._stub.ListAdapters, message, timeout)
             adapters += map(messages.adapter, page.adapters)
             if not page.next_page_token:
-                return AdapterList(tuple(adapters), page.device_bytes, page.device_budget_bytes)
+                return messages.adapter_list(page, adapters)
             message.page_token = page.next_page_token
 
     def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> Adapter:
@@ -286,7 +286,7 @@ class AsyncAdminClient(AsyncLink):
             page = await self._call(self._stub.ListAdapters, message, timeout)
             adapters += map(messages.adapter, page.adapters)
             if not page.next_page_token:
-                return AdapterList(tuple(adapters), page.device_bytes, page.device_budget_bytes)
+                return messages.adapter_list(page, adapters)
             message.page_token = page.next_page_token
 
     async def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> Adapter:

@@ -108,8 +108,25 @@ class Settings:
     adapter: tuple[StartAdapter, ...] = field(
         default=(), metadata=_is(many(values.START_ADAPTER), "Adapter to load at start; repeatable.")
     )
+    adapters_file: Path | None = field(
+        default=None,
+        metadata=_is(
+            values.FILE,
+            "YAML of adapters to have: name, source, digest, pin. Applied at start, on SIGHUP and when it changes.",
+        ),
+    )
     adapter_memory: int = field(
         default=1 << 30, metadata=_is(values.SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
+    )
+    adapter_host_memory: int = field(
+        default=1 << 30,
+        metadata=_is(values.SIZE, "Most host memory of adapters that were put out of the device's; 0B keeps none."),
+    )
+    adapter_scan_interval: float = field(
+        default=5.0,
+        metadata=_is(
+            seconds(0.0, 86400), "Seconds between looks for new, changed and removed adapters; 0 looks once, at start."
+        ),
     )
     load_timeout: float = field(
         default=120.0, metadata=_is(seconds(0.1, 86400), "Most seconds that loading one adapter may take.")

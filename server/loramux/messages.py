@@ -10,6 +10,7 @@ from datetime import UTC
 
 from loramux.answers import (
     Adapter,
+    AdapterList,
     Completion,
     Delta,
     Finished,
@@ -158,6 +159,7 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         residency=residency.lower(),
         pinned=message.pinned,
         device_bytes=message.device_bytes,
+        size_bytes=message.size_bytes,
         max_rank=message.max_rank,
         target_modules=tuple(message.target_modules),
         sites=message.sites,
@@ -167,6 +169,12 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         load_seconds=message.load_time.ToNanoseconds() / 1e9,
         error=message.error,
     )
+
+
+def adapter_list(page: adapters_pb2.ListAdaptersResponse, adapters: Iterable[Adapter]) -> AdapterList:
+    """All adapters, with the totals of the last page."""
+    totals = page.device_bytes, page.device_budget_bytes, page.host_bytes, page.host_budget_bytes
+    return AdapterList(tuple(adapters), *totals)
 
 
 def _used(adapters: Iterable[generation_pb2.ResolvedAdapter]) -> tuple[UsedAdapter, ...]:

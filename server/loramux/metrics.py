@@ -32,7 +32,8 @@ _E2E = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 class Snapshot:
     """What the engine and the adapter registry say of themselves. Gauges are of one moment, the rest counts up.
 
-    `adapter_states` counts adapters by state; the two sequences name adapters of running and waiting requests.
+    `adapter_states` and `adapter_residencies` count adapters; `adapter_lookups` counts where adapters were when
+    requests asked for them; the two sequences name adapters of running and waiting requests.
     """
 
     running: int = 0
@@ -51,8 +52,14 @@ class Snapshot:
     steps: int = 0
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     adapter_states: Mapping[str, int] = field(default_factory=dict)
+    adapter_residencies: Mapping[str, int] = field(default_factory=dict)
+    adapter_lookups: Mapping[str, int] = field(default_factory=dict)
+    adapter_evictions: int = 0
     adapter_bytes: int = 0
     adapter_budget_bytes: int = 0
+    adapter_host_bytes: int = 0
+    adapter_host_budget_bytes: int = 0
+    waiting_for_adapters: int = 0
     adapter_leases: int = 0
 
 
@@ -251,6 +258,22 @@ class _Scrape(Collector):
         for state, count in now.adapter_states.items():
             states.add_metric((state,), count)
         yield states
+        residencies = GaugeMetricFamily("loramux_adapter_residency", "Adapters, by where they are.", labels=("tier",))
+        for tier, count in now.adapter_residencies.items():
+            residencies.add_metric((tier,), count)
+        yield residencies
+        lookups = CounterMetricFamily(
+            "loramux_adapter_lookups", "Where adapters were when requests asked for them.", labels=("tier",)
+        )
+        for tier, count in now.adapter_lookups.items():
+            lookups.add_metric((tier,), count)
+        yield lookups
+        yield CounterMetricFamily("loramux_adapter_evictions", "Adapters put out of the device.", now.adapter_evictions)
+        yield GaugeMetricFamily("loramux_adapter_host_bytes", "Adapters in host memory only.", now.adapter_host_bytes)
+        yield GaugeMetricFamily("loramux_adapter_host_budget_bytes", "Most of them.", now.adapter_host_budget_bytes)
+        yield GaugeMetricFamily(
+            "loramux_requests_waiting_for_adapters", "Requests without their turn yet.", now.waiting_for_adapters
+        )
         yield GaugeMetricFamily("loramux_adapter_bytes", "Adapters on the device.", now.adapter_bytes)
         yield GaugeMetricFamily("loramux_adapter_budget_bytes", "Most of them.", now.adapter_budget_bytes)
         yield GaugeMetricFamily("loramux_adapter_leases", "Leases of requests.", now.adapter_leases)

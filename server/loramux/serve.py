@@ -41,6 +41,8 @@ async def run(settings: Settings, console: Console, ports_file: Path | None = No
     await application.engine.start()
     try:
         addresses = await application.server.start()
+        reloads: set[asyncio.Task[None]] = set()
+        loop.add_signal_handler(signal.SIGHUP, _on_hangup, application, reloads)
         console.print(startup_table(application, addresses))
         if ports_file is not None:
             _write(ports_file, addresses)
@@ -63,6 +65,12 @@ def _on_signal(stop: asyncio.Event, console: Console) -> None:
         console.print("Second signal: leaving now.")
         os._exit(1)
     stop.set()
+
+
+def _on_hangup(application: Application, reloads: set[asyncio.Task[None]]) -> None:
+    task = asyncio.get_running_loop().create_task(application.adapters.reload())
+    reloads.add(task)  # the loop itself keeps only weak references
+    task.add_done_callback(reloads.discard)
 
 
 def _write(path: Path, addresses: Addresses) -> None:

@@ -42,8 +42,12 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
         f"{tokens:,} tokens, {size(tokens * model.kv_bytes_per_token)}; {facts.max_context:,} at most a request",
     )
     entries = application.adapters.list()
-    used = sum(entry.nbytes for entry in entries)
-    table.add_row("adapters", f"{len(entries)} loaded, {size(used)} of {size(settings.adapter_memory)}")
+    used, resident = sum(entry.nbytes for entry in entries), sum(entry.weights is not None for entry in entries)
+    table.add_row(
+        "adapters",
+        f"{len(entries)} known, {resident} loaded: {size(used)} of {size(settings.adapter_memory)}, and "
+        f"{size(settings.adapter_host_memory)} for those put out",
+    )
     table.add_row("adapter folders", ", ".join(map(str, settings.adapter_dir)) or "none: give --adapter-dir")
     table.add_row("requests", f"gRPC on {addresses.public}" + (" (TLS)" if settings.tls_cert else ""))
     table.add_row("admin", f"gRPC on {addresses.admin}")
@@ -53,15 +57,16 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
 
 def adapters_table(adapters: Iterable[Adapter]) -> Table:
     """`loramux adapters list`."""
-    table = Table("name", "state", "rank", "layers", "targets", "size", "in use", "pinned", "uid")
+    table = Table("name", "state", "where", "rank", "layers", "targets", "size", "in use", "pinned", "uid")
     for a in adapters:
         table.add_row(
             a.name,
             a.state if not a.error else f"{a.state}: {a.error}",
+            a.residency,
             str(a.max_rank),
             str(a.sites),
             ",".join(a.target_modules),
-            size(a.device_bytes),
+            size(a.size_bytes),
             str(a.leases),
             "yes" if a.pinned else "",
             a.uid,

@@ -105,11 +105,11 @@ async def test_other_content_needs_replace(manager: AdapterManager) -> None:
 
 async def test_requests_keep_what_they_leased_over_a_replacement(manager: AdapterManager) -> None:
     old, _ = await manager.load("a")
-    manager.registry.lease("a", "r1")
+    manager.registry.lease(["a"], "r1")
     new, _ = await manager.load("a", "b", replace=True)
     assert old.state is State.DRAINING
     assert old.weights is not None
-    assert manager.registry.lease("a", "r2") is new
+    assert manager.registry.lease(["a"], "r2")[0].entry is new
     manager.registry.release(old.uid, "r1")
     assert old.weights is None
 
@@ -198,7 +198,7 @@ async def test_a_source_that_is_none_leaves_no_entry(
 
 async def test_the_budget_is_checked_before_reading(manager: AdapterManager, reader: FakeReader) -> None:
     reader.put("large", b"x" * 95)
-    await manager.load("a")
+    await manager.load("a", pin=True)
     with pytest.raises(Overloaded) as caught:
         await manager.load("large")
     assert caught.value.reason == "ADAPTER_BUDGET_EXCEEDED"
@@ -211,7 +211,7 @@ async def test_the_budget_is_checked_before_reading(manager: AdapterManager, rea
 async def test_loads_that_run_side_by_side_cannot_overbook(manager: AdapterManager, reader: FakeReader) -> None:
     reader.put("x", b"x" * 60)
     reader.put("y", b"y" * 60)
-    results = await asyncio.gather(manager.load("x"), manager.load("y"), return_exceptions=True)
+    results = await asyncio.gather(manager.load("x", pin=True), manager.load("y", pin=True), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["Overloaded", "tuple"]
 
 
@@ -221,7 +221,7 @@ async def test_a_slow_load_holds_up_nobody_else(manager: AdapterManager, reader:
     reader.gate.clear()
     slow = asyncio.create_task(manager.load("a"))
     await until_loading(manager, "a")
-    handle = manager.registry.lease("a", "r1")
+    handle = manager.registry.lease(["a"], "r1")[0]
     entry, _ = await manager.load("b")
     assert entry.state is State.READY
     assert handle.weights is None
@@ -286,7 +286,7 @@ async def test_unload_while_loading(manager: AdapterManager, reader: FakeReader)
     reader.gate.clear()
     load = asyncio.create_task(manager.load("a"))
     await until_loading(manager, "a")
-    handle = manager.registry.lease("a", "r1")
+    handle = manager.registry.lease(["a"], "r1")[0]
     assert await manager.unload("a") == (0, 0)
     with pytest.raises(Cancelled, match="unloaded while it was loading"):
         await load
@@ -327,7 +327,7 @@ async def test_unload_at_every_moment_of_a_load(manager: AdapterManager) -> None
 async def test_unload_waits_for_requests(manager: AdapterManager) -> None:
     entry, _ = await manager.load("a")
     for request in ("r1", "r2"):
-        manager.registry.lease("a", request)
+        manager.registry.lease(["a"], request)
     unload = asyncio.create_task(manager.unload("a"))
     await asyncio.sleep(0.01)
     assert entry.state is State.DRAINING
@@ -347,7 +347,7 @@ async def test_unload_after_aborts_and_n_sequences_does_not_hang(manager: Adapte
     entry, _ = await manager.load("a")
     for index in range(50):
         for _ in range(1 + index % 3):
-            manager.registry.lease("a", f"r{index}")
+            manager.registry.lease(["a"], f"r{index}")
         for _ in range(1 + index % 2):
             manager.registry.release(entry.uid, f"r{index}")
     assert await asyncio.wait_for(manager.unload("a"), 1) == (10, 0)
@@ -355,7 +355,7 @@ async def test_unload_after_aborts_and_n_sequences_does_not_hang(manager: Adapte
 
 async def test_drain_timeout_without_cancel_fails_and_drains_on(manager: AdapterManager) -> None:
     entry, _ = await manager.load("a")
-    manager.registry.lease("a", "r1")
+    manager.registry.lease(["a"], "r1")
     with pytest.raises(DeadlineExceeded, match="still serves 1 request"):
         await manager.unload("a", drain_timeout=0.02)
     assert entry.state is State.DRAINING
@@ -367,7 +367,7 @@ async def test_drain_timeout_without_cancel_fails_and_drains_on(manager: Adapter
 async def test_a_second_unload_joins_the_drain_and_may_cancel(manager: AdapterManager) -> None:
     """After a timeout the name is gone; answering NOT_FOUND would leave the operator no way to cancel."""
     entry, _ = await manager.load("a")
-    manager.registry.lease("a", "r1")
+    manager.registry.lease(["a"], "r1")
     first = asyncio.create_task(manager.unload("a"))
     await asyncio.sleep(0)
     cancelled: list[str] = []
@@ -383,14 +383,14 @@ async def test_a_second_unload_joins_the_drain_and_may_cancel(manager: AdapterMa
 
 async def test_requests_that_ignore_the_cancel_do_not_hang_the_unload(manager: AdapterManager) -> None:
     await manager.load("a")
-    manager.registry.lease("a", "stuck")
+    manager.registry.lease(["a"], "stuck")
     with pytest.raises(DeadlineExceeded, match="were cancelled and have not ended"):
         await manager.unload("a", drain_timeout=0, cancel_after_timeout=True, cancel=lambda _: None)
 
 
 async def test_an_unloader_who_goes_away_leaves_the_drain_to_finish(manager: AdapterManager) -> None:
     entry, _ = await manager.load("a")
-    manager.registry.lease("a", "r1")
+    manager.registry.lease(["a"], "r1")
     unload = asyncio.create_task(manager.unload("a"))
     await asyncio.sleep(0.01)
     unload.cancel()
@@ -402,7 +402,7 @@ async def test_an_unloader_who_goes_away_leaves_the_drain_to_finish(manager: Ada
 
 async def test_the_name_may_be_loaded_again_while_the_old_one_drains(manager: AdapterManager) -> None:
     old, _ = await manager.load("a")
-    manager.registry.lease("a", "r1")
+    manager.registry.lease(["a"], "r1")
     unload = asyncio.create_task(manager.unload("a"))
     await asyncio.sleep(0.01)
     new, already = await manager.load("a")

@@ -38,9 +38,9 @@ def test_policy_imports_no_torch() -> None:
 
 def test_an_entry_is_what_requests_hold(registry: AdapterRegistry) -> None:
     entry = load(registry)
-    handle: AdapterHandle = registry.lease("a", "r1")
-    assert handle is entry
-    assert (entry.state, entry.residency, entry.leases) == (State.READY, Residency.DEVICE, {"r1"})
+    handle: AdapterHandle = registry.lease(["a"], "r1")[0]
+    assert handle.entry is entry
+    assert (entry.state, entry.residency, set(entry.leases)) == (State.READY, Residency.DEVICE, {"r1"})
     assert (entry.nbytes, entry.max_rank, entry.site_count, entry.loaded_at, entry.last_used_at) == (
         10,
         8,
@@ -54,12 +54,12 @@ def test_an_unknown_name_is_not_found(registry: AdapterRegistry) -> None:
     """TGI #2505: an unknown adapter was answered with the base, in silence."""
     for name in ("nope", "", "A"):
         with pytest.raises(AdapterNotFound):
-            registry.lease(name, "r1")
+            registry.lease([name], "r1")
 
 
 def test_a_loading_adapter_may_be_leased_and_the_handle_becomes_ready(registry: AdapterRegistry) -> None:
     entry = registry.begin("a", "/a")
-    handle = registry.lease("a", "r1")
+    handle = registry.lease(["a"], "r1")[0]
     assert handle.weights is None
     registry.ready(entry.uid, FakeAdapter())
     assert handle.weights is not None
@@ -68,18 +68,18 @@ def test_a_loading_adapter_may_be_leased_and_the_handle_becomes_ready(registry: 
 
 def test_a_failed_load_reaches_those_who_wait_and_those_who_come(registry: AdapterRegistry) -> None:
     entry = registry.begin("a", "/a")
-    handle = registry.lease("a", "r1")
+    handle = registry.lease(["a"], "r1")[0]
     registry.fail(entry.uid, BROKEN)
     assert isinstance(handle.error, AdapterUnavailable)
     with pytest.raises(AdapterUnavailable, match=r"q_proj.lora_A.weight: holds 1 NaN") as caught:
-        registry.lease("a", "r2")
+        registry.lease(["a"], "r2")
     assert caught.value.metadata["cause"] == "NOT_FINITE"
-    assert entry.leases == {"r1"}
+    assert set(entry.leases) == {"r1"}
     registry.release(entry.uid, "r1")
     registry.check()
     load(registry)  # a later load takes the name over
     assert entry.state is State.UNLOADED
-    assert registry.lease("a", "r3").weights is not None
+    assert registry.lease(["a"], "r3")[0].weights is not None
 
 
 def test_a_failed_entry_keeps_no_frame_alive(registry: AdapterRegistry) -> None:
@@ -97,11 +97,11 @@ def test_a_failed_entry_keeps_no_frame_alive(registry: AdapterRegistry) -> None:
 def test_releasing_twice_is_harmless(registry: AdapterRegistry) -> None:
     """SGLang #25864, #34205: a usage counter drifted after aborts, so unload waited for ever."""
     entry = load(registry)
-    registry.lease("a", "r1")
-    registry.lease("a", "r2")
+    registry.lease(["a"], "r1")
+    registry.lease(["a"], "r2")
     for _ in range(3):
         registry.release(entry.uid, "r1")
-    assert entry.leases == {"r2"}
+    assert set(entry.leases) == {"r2"}
     registry.unload("a")
     assert entry.state is State.DRAINING
     registry.release(entry.uid, "r2")
@@ -115,8 +115,8 @@ def test_releasing_twice_is_harmless(registry: AdapterRegistry) -> None:
 def test_one_request_that_takes_an_adapter_twice_gives_it_back_once(registry: AdapterRegistry) -> None:
     """A mix may name one adapter twice, and n > 1 sequences end one by one (SGLang #34205)."""
     entry = load(registry)
-    registry.lease("a", "r1")
-    registry.lease("a", "r1")
+    registry.lease(["a"], "r1")
+    registry.lease(["a"], "r1")
     registry.unload("a")
     registry.release(entry.uid, "r1")
     assert entry.state is State.UNLOADED
@@ -124,10 +124,10 @@ def test_one_request_that_takes_an_adapter_twice_gives_it_back_once(registry: Ad
 
 def test_draining_takes_no_new_requests_and_frees_with_the_last(registry: AdapterRegistry) -> None:
     entry = load(registry)
-    registry.lease("a", "r1")
+    registry.lease(["a"], "r1")
     registry.unload("a")
     with pytest.raises(AdapterNotFound):
-        registry.lease("a", "r2")
+        registry.lease(["a"], "r2")
     assert entry.weights is not None, "running requests keep their weights"
     assert registry.budget.used == 10
     registry.release(entry.uid, "r1")
@@ -137,11 +137,11 @@ def test_draining_takes_no_new_requests_and_frees_with_the_last(registry: Adapte
 
 def test_replacing_is_atomic(registry: AdapterRegistry) -> None:
     old = load(registry)
-    registry.lease("a", "old request")
+    registry.lease(["a"], "old request")
     new = registry.begin("a", "/b")
-    assert registry.lease("a", "during") is old, "the old one serves while the new one loads"
+    assert registry.lease(["a"], "during")[0].entry is old, "the old one serves while the new one loads"
     registry.ready(new.uid, FakeAdapter(20))
-    assert registry.lease("a", "after") is new
+    assert registry.lease(["a"], "after")[0].entry is new
     assert old.state is State.DRAINING
     assert old.weights is not None
     assert registry.budget.used == 30
@@ -157,14 +157,14 @@ def test_a_failed_replacement_changes_nothing(registry: AdapterRegistry) -> None
     old = load(registry)
     new = registry.begin("a", "/b")
     registry.fail(new.uid, BROKEN)
-    assert registry.lease("a", "r1") is old
+    assert registry.lease(["a"], "r1")[0].entry is old
     assert registry.entries() == [old]
     registry.check()
 
 
 def test_the_budget_counts_what_loads_and_what_drains(registry: AdapterRegistry) -> None:
     draining = load(registry, "a", 40)
-    registry.lease("a", "r1")
+    registry.lease(["a"], "r1")
     registry.unload("a")
     loading = registry.begin("b", "/b")
     registry.budget.reserve(loading.uid, 40, what="b")
@@ -181,6 +181,7 @@ def test_the_budget_counts_what_loads_and_what_drains(registry: AdapterRegistry)
 
 def test_more_bytes_than_reserved_are_checked_again(registry: AdapterRegistry) -> None:
     load(registry, "a", 90)
+    registry.pin("a", True)  # or it would make room
     entry = registry.begin("b", "/b")
     registry.budget.reserve(entry.uid, 5, what="b")
     with pytest.raises(Overloaded):

@@ -28,6 +28,8 @@ class RegistryMachine(RuleBasedStateMachine):
         self.entries: list[AdapterEntry] = []
         self.drains: set[str] = set()
         self.registry.listen(self.saw)
+        # What was put out for another is back as soon as somebody asks for it.
+        self.registry.tiers.fetch = lambda e: self.registry.fetched(e.uid, FakeAdapter(e.size or 0))
 
     def saw(self, entry: AdapterEntry) -> None:
         if entry.state is State.UNLOADED:
@@ -82,7 +84,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(name=NAMES, request=REQUESTS)
     def lease(self, name: str, request: str) -> None:
         try:
-            entry = self.registry.lease(name, request)
+            entry = self.registry.lease([name], request)[0].entry
         except (AdapterNotFound, AdapterUnavailable):
             return
         assert entry.state in (State.LOADING, State.READY)

@@ -119,7 +119,13 @@ def read_adapter(folder: Path) -> Any:
         raise InvalidAdapter("lora_A", "holds NaN")
     digest = folder_digest(folder, ReadLimits())
     return SimpleNamespace(
-        weights={0: digest}, nbytes=len(content), digest=digest, max_rank=8, target_modules=("q_proj",), site_count=2
+        weights={0: digest},
+        nbytes=len(content),
+        digest=digest,
+        max_rank=8,
+        target_modules=("q_proj",),
+        site_count=2,
+        stays_on_host=True,
     )
 
 
@@ -178,6 +184,8 @@ async def running(
     admin_key: str | None = None,
     load: bool = True,
     budget: int | None = None,
+    host_budget: int = 0,
+    scan_interval: float | None = None,
     server_type: type[Server] = Server,
     **settings: Any,
 ) -> AsyncIterator[Running]:
@@ -185,7 +193,7 @@ async def running(
     for name in adapters:
         if not (root / name).exists():
             write_adapter(root, name, f"weights of {name}".encode())
-    registry = AdapterRegistry(device_budget=budget)
+    registry = AdapterRegistry(device_budget=budget, host_budget=host_budget)
 
     def release(request: Request) -> None:
         for use in request.adapters:
@@ -193,7 +201,9 @@ async def running(
 
     engine: Any
     async with AsyncExitStack() as after:
-        manager = AdapterManager(registry, AdapterRoots([root]), read_adapter, load_timeout=5.0)
+        manager = AdapterManager(
+            registry, AdapterRoots([root]), read_adapter, load_timeout=5.0, scan_interval=scan_interval
+        )
         if script is not None:
             engine = ScriptedEngine(script, on_finish=release)
         else:

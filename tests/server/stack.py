@@ -114,6 +114,7 @@ async def serving(model: Path, adapters: Path, **settings: Any) -> AsyncIterator
         "max_batch_tokens": 64,
         "max_batch_rows": 32,
         "adapter_dir": (adapters,),
+        "adapter_scan_interval": 0.0,  # tests write folders as they go and say themselves what is loaded
         "drain_timeout": 5.0,
     }
     configured = Settings(**given | settings)

@@ -34,18 +34,23 @@ class SamplingParams:
 
 
 class AdapterHandle(Protocol):
-    """What a request holds of an adapter: the registry's entry that it leased.
+    """What a request holds of an adapter: its lease.
 
-    `weights` is None until the adapter is where the model computes; then it maps site index → LoraWeights and
-    never changes again. `error` is set instead if the load fails. Both are written once, by one thread, and
-    only read here.
+    `weights` is None until the adapter is where the model computes and stays there for this request; then it maps site
+    index → LoraWeights and never changes again. `error` is set instead if that cannot be. Both are written once, by
+    one thread, and only read here.
     """
 
-    name: str
-    uid: str
-    digest: str
-    weights: Mapping[int, Any] | None
-    error: LoramuxError | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def uid(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def weights(self) -> Mapping[int, Any] | None: ...
+    @property
+    def error(self) -> LoramuxError | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,11 @@ class Adapter:
         """Linear layers that it changes."""
         return len(self.weights)
 
+    @property
+    def stays_on_host(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return self.buffer.device.type == "cpu"
+
     @classmethod
     def build(cls, files: AdapterFiles, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> Adapter:
         """Lay out, scale and cast on the host, then place with one allocation and one copy.

@@ -26,6 +26,10 @@ class ByteBudget:
         """Bytes set aside for loads that run."""
         return sum(self._reserved.values())
 
+    def reserved_by(self, owner: str) -> int:
+        """Bytes that `owner` has set aside."""
+        return self._reserved.get(owner, 0)
+
     def reserve(self, owner: str, nbytes: int, *, what: str) -> None:
         """Set bytes aside, instead of what the owner had set aside before.
 
@@ -59,13 +63,18 @@ class ByteBudget:
         assert nbytes >= 0
         taken = self.used + self.reserved - self._reserved.get(owner, 0)
         if self.limit is not None and taken + nbytes > self.limit:
-            raise Overloaded(
-                f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of {_mib(self.limit)} are "
-                "taken; unload an adapter or raise --adapter-memory",
-                retry_after=5.0,
-                reason="ADAPTER_BUDGET_EXCEEDED",
-                metadata={"needed_bytes": nbytes, "used_bytes": taken, "budget_bytes": self.limit},
-            )
+            raise self.exceeded(nbytes, taken, what=what)
+
+    def exceeded(self, nbytes: int, taken: int, *, what: str) -> Overloaded:
+        """The error for `what`, which needs `nbytes` beside `taken` bytes that are not to be had."""
+        assert self.limit is not None
+        return Overloaded(
+            f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of {_mib(self.limit)} are "
+            "taken; unload an adapter or raise --adapter-memory",
+            retry_after=5.0,
+            reason="ADAPTER_BUDGET_EXCEEDED",
+            metadata={"needed_bytes": nbytes, "used_bytes": taken, "budget_bytes": self.limit},
+        )
 
 
 def _mib(nbytes: int) -> str:

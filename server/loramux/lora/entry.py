@@ -13,6 +13,7 @@ from loramux.errors import LoramuxError
 class State(enum.Enum):
     """Where an adapter is in its life; see AdapterState in adapters.proto."""
 
+    REGISTERED = "registered"
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
@@ -43,16 +44,56 @@ class LoadedAdapter(Protocol):
     def target_modules(self) -> Sequence[str]: ...
     @property
     def site_count(self) -> int: ...
+    @property
+    def stays_on_host(self) -> bool:
+        """Whether it is in the host's memory anyway and may be kept there when it is put out of the device."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One request's hold on one load of an adapter: the handle that the engine sees. Only `Tiers` writes to it.
+
+    `weights` is None until it is this request's turn; then the adapter is on the device until the lease is released.
+    `error` is set instead if that cannot be. Each is written once.
+    """
+
+    entry: AdapterEntry
+    request_id: str
+    weights: Mapping[int, Any] | None = None
+    error: LoramuxError | None = None
+
+    @property
+    def name(self) -> str:
+        """The name it was asked for by."""
+        return self.entry.name
+
+    @property
+    def uid(self) -> str:
+        """The load's unique id."""
+        return self.entry.uid
+
+    @property
+    def digest(self) -> str:
+        """Of its files; empty until they have been read for the first time."""
+        return self.entry.digest
 
 
 @dataclass(slots=True, eq=False)
 class AdapterEntry:
-    """One load of one adapter. Only the registry writes to it; it is also the handle that requests hold.
+    """One version of one adapter. Only the registry and its tiers write to it.
 
-    `weights` is set when it becomes READY and taken away when its last request is gone. `error` is set if the load
-    fails: an AdapterUnavailable with the reason in full, for the requests that waited. `leases` are the ids of the
-    requests that use it: a set, so that taking and giving back twice is harmless. `loaded_at` and `last_used_at` are
+    It is REGISTERED until its files have been read for the first time, and READY from then on, wherever its weights
+    are. `error` is set if a load fails: an AdapterUnavailable with the reason in full, for the requests that waited.
+    `leases` are by request, so that taking and giving back twice is harmless. `loaded_at` and `last_used_at` are
     seconds since the epoch; 0 is never.
+
+    size            bytes it takes on the device; None until its header has been read
+    nbytes          bytes it takes there now, or took when it was unloaded
+    weights, loaded while it is on the device
+    hosted          while it is in the host's memory only
+    uses, worth     what the tiers count to choose whom to put out
+    managed         found under a root, where it is looked after; others come and go by an operator's word
     """
 
     name: str
@@ -62,7 +103,8 @@ class AdapterEntry:
     digest: str = ""
     state: State = State.LOADING
     residency: Residency = Residency.DISK
-    leases: set[str] = field(default_factory=set)
+    leases: dict[str, Lease] = field(default_factory=dict, repr=False)
+    size: int | None = None
     nbytes: int = 0
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
@@ -72,3 +114,18 @@ class AdapterEntry:
     load_seconds: float = 0.0
     error: LoramuxError | None = None
     weights: Mapping[int, Any] | None = None
+    loaded: LoadedAdapter | None = None
+    hosted: LoadedAdapter | None = None
+    uses: int = 0
+    worth: float = 0.0
+    managed: bool = False
+
+    @property
+    def loading(self) -> bool:
+        """A load of it runs that an operator asked for."""
+        return self.state is State.LOADING
+
+    @property
+    def held(self) -> bool:
+        """A request computes with it, or may at any moment."""
+        return any(lease.weights is not None for lease in self.leases.values())

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, LoramuxError
+from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.limits import ReadLimits
 from loramux.lora.registry import AdapterRegistry
@@ -47,17 +47,20 @@ class Loader:
         self._limits = limits
         self._timeout = timeout
         self._workers = Workers(workers, "loramux-adapters")
-        self._jobs: dict[asyncio.Task[Outcome], Job] = {}
+        self._jobs: dict[asyncio.Task[Any], Job] = {}
         self._loads: dict[str, asyncio.Task[Outcome]] = {}  # by name
         self._closed = False
+        registry.tiers.measure = lambda entry: self._begin(entry, self._measure_entry)
+        registry.tiers.fetch = self._fetch
 
-    async def load(self, name: str, source: str, *, replace: bool, pin: bool) -> Outcome:
-        """See AdapterManager.load. Who waits here may go away: the load goes on."""
+    async def load(self, name: str, source: str, *, replace: bool, pin: bool, digest: str | None = None) -> Outcome:
+        """See AdapterManager.load. Who waits here may go away: the load goes on. `digest`: refuse any other."""
         while (running := self._loads.get(name)) is not None:
             await asyncio.wait({running})
         job = self._job()
+        work = self._load(job, name, source, replace, pin, digest)
         # No name for the task here: a frame that holds its task holds its exception, which holds the frame.
-        return await asyncio.shield(self._start(name, job, self._load(job, name, source, replace, pin), self._loads))
+        return await asyncio.shield(self._start(name, job, work, self._loads))
 
     async def validate(self, name: str, source: str) -> AdapterEntry:
         """Read and drop; the entry is in no registry."""
@@ -86,6 +89,47 @@ class Loader:
             await asyncio.wait(set(self._jobs))
         await self._workers.close(grace)
 
+    def _fetch(self, entry: AdapterEntry) -> None:
+        if entry.hosted is not None:
+            self._registry.fetched(entry.uid, entry.hosted, load_seconds=entry.load_seconds)
+        else:
+            self._begin(entry, self._fetch_entry)
+
+    def _begin(self, entry: AdapterEntry, work: Callable[[Job, AdapterEntry], Coroutine[Any, Any, None]]) -> None:
+        """Work that requests wait for, not an operator: its outcome goes to the registry."""
+        if self._closed:
+            error = Draining("the server is shutting down and loads no more adapters")
+            asyncio.get_running_loop().call_soon(self._registry.fetch_failed, entry.uid, error)
+            return
+        job = Job(self._timeout)
+        task = asyncio.get_running_loop().create_task(work(job, entry))
+        self._jobs[task] = job
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        del self._jobs[task]
+        retrieve(task)
+
+    async def _measure_entry(self, job: Job, entry: AdapterEntry) -> None:
+        try:
+            folder = await self._workers.run(job, self._roots.resolve, entry.source)
+            self._registry.tiers.measured(entry, await self._workers.run(job, self._measure, folder))
+        except Exception as error:
+            self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
+
+    async def _fetch_entry(self, job: Job, entry: AdapterEntry) -> None:
+        started = asyncio.get_running_loop().time()
+        with self._reservation(job, entry.uid):
+            try:
+                folder = await self._workers.run(job, self._roots.resolve, entry.source)
+                loaded = await self._workers.run(job, self._read, folder)
+                if entry.state is State.UNLOADED:
+                    return  # nobody waits any more
+                seconds = asyncio.get_running_loop().time() - started
+                self._registry.fetched(entry.uid, loaded, load_seconds=seconds)
+            except Exception as error:
+                self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
+
     def _job(self) -> Job:
         if self._closed:
             raise Draining("the server is shutting down and loads no more adapters")
@@ -106,9 +150,15 @@ class Loader:
         task.add_done_callback(ended)
         return task
 
-    async def _load(self, job: Job, name: str, source: str, replace: bool, pin: bool) -> Outcome:
+    async def _load(self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None) -> Outcome:
         started = asyncio.get_running_loop().time()
         folder = await self._workers.run(job, self._roots.resolve, source)
+        if wanted is not None:
+            found = await self._workers.run(job, folder_digest, folder, self._limits)
+            if found != wanted:
+                raise InvalidAdapter(
+                    str(folder), f"holds {found}, not {wanted}, which was asked for", reason="ADAPTER_FILES_CHANGED"
+                )
         current = self._registry.find(name)
         if current is not None and current.state is State.READY:
             # Hashed before anything is placed: what is loaded already must not need memory twice.
@@ -142,7 +192,7 @@ class Loader:
     async def _read_within_budget(self, job: Job, owner: str, name: str, folder: Path) -> LoadedAdapter:
         try:
             nbytes = await self._workers.run(job, self._measure, folder)
-            self._registry.budget.reserve(owner, nbytes, what=f"adapter {name!r}")
+            self._registry.tiers.room(owner, nbytes, what=f"adapter {name!r}")
             return await self._workers.run(job, self._read, folder)
         except Exception as error:
             raise _as_known(name, error) from None
@@ -153,7 +203,11 @@ class Loader:
         try:
             yield
         finally:
-            job.when_idle(lambda: self._registry.budget.unreserve(owner))
+            job.when_idle(lambda: self._unreserve(owner))
+
+    def _unreserve(self, owner: str) -> None:
+        self._registry.budget.unreserve(owner)
+        self._registry.tiers.advance()
 
 
 def _name_taken(current: AdapterEntry, digest: str, folder: Path) -> AdapterExists:

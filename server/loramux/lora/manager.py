@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loramux.errors import AdapterNotFound, Cancelled, DeadlineExceeded
+from loramux.lora.catalog import Catalog
+from loramux.lora.declaration import Declaration
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.limits import ReadLimits
 from loramux.lora.loader import Loader
+from loramux.lora.manifest import Declared
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import WEIGHTS_FILE, AdapterRoots, check_name
 from loramux.lora.subscription import Subscription
@@ -31,7 +34,9 @@ class AdapterManager:
 
     `read(folder)` reads, checks and places an adapter; `measure(folder)` says beforehand how many bytes it will take
     (the weights file's size, if not given). Both run in a worker and may raise any LoramuxError. `load_timeout` is in
-    seconds, and so is `cancel_grace`: how long cancelled requests may take to end.
+    seconds, and so are `cancel_grace`, how long cancelled requests may take to end, and `scan_interval`, see Catalog;
+    None leaves what lies under the roots alone until somebody loads it. `declared_in` is an adapters file, see
+    lora.manifest.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class AdapterManager:
         measure: Callable[[Path], int] | None = None,
         limits: ReadLimits | None = None,
         load_timeout: float = 300.0,
+        scan_interval: float | None = None,
+        declared_in: Path | None = None,
         cancel_grace: float = 30.0,
         workers: int = 2,
     ) -> None:
@@ -56,11 +63,39 @@ class AdapterManager:
             timeout=load_timeout,
             workers=workers,
         )
+        self._catalog = None if scan_interval is None else Catalog(registry, roots.paths, interval=scan_interval)
+        self._declaration: Declaration | None = None
+        if declared_in is not None:
+            self._declaration = Declaration(declared_in, registry, roots, self._load_declared, scan_interval or 0.0)
         self._cancel_grace = cancel_grace
         self._gone: dict[str, asyncio.Event] = {}  # uid → set when a draining entry is dropped
         self._watchers: set[Subscription[AdapterEntry]] = set()
         self._closed = False
         self._unlisten = registry.listen(self._changed)
+
+    async def start(self) -> None:
+        """Register what lies under the roots and what is declared, and keep looking.
+
+        Raises what is wrong with the adapters file or with an adapter that it pins.
+        """
+        if self._catalog is not None:
+            await self._catalog.start()
+        if self._declaration is not None:
+            await self._declaration.start()
+
+    async def reload(self) -> None:
+        """Look at the roots and the adapters file now; what is wrong with them is logged."""
+        if self._catalog is not None:
+            await self._catalog.look()
+        if self._declaration is not None:
+            await self._declaration.tell()
+
+    async def _load_declared(self, declared: Declared) -> AdapterEntry:
+        source = declared.source or declared.name
+        entry, _ = await self._loader.load(
+            declared.name, source, replace=True, pin=True, digest=declared.digest or None
+        )
+        return entry
 
     async def load(
         self,
@@ -155,9 +190,12 @@ class AdapterManager:
         What is loaded stays loaded.
         """
         self._closed = True
+        for watcher in (self._catalog, self._declaration):
+            if watcher is not None:
+                await watcher.close()
         await self._loader.close(grace)
-        for watcher in tuple(self._watchers):
-            watcher.close()
+        for subscription in tuple(self._watchers):
+            subscription.close()
         self._unlisten()
 
     async def _drained(self, entries: Sequence[AdapterEntry], seconds: float | None) -> bool:

@@ -1,33 +1,44 @@
 """Which adapters there are, who uses them and what they take: the rules, without files, tensors or waiting.
 
 Owned by the event loop's thread. Every method is plain and synchronous: no lock, no I/O, no await, so each is one
-step for everybody else. The engine's thread only reads `weights` and `error` of entries that its requests leased.
+step for everybody else. The engine's thread only reads `weights` and `error` of leases that its requests hold.
 
-Life of an entry: LOADING → READY → DRAINING → UNLOADED, or LOADING → FAILED → UNLOADED.
+Life of an entry: LOADING (by an operator's word) or REGISTERED (found under a root) → READY → DRAINING → UNLOADED, or
+→ FAILED → UNLOADED. Where the weights of a READY one are is the tiers' business.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from loramux.errors import AdapterNotFound, AdapterUnavailable, LoramuxError
-from loramux.lora.budget import ByteBudget
-from loramux.lora.entry import AdapterEntry, LoadedAdapter, Residency, State
+from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, LoramuxError
+from loramux.lora.entry import AdapterEntry, Lease, LoadedAdapter, State
 from loramux.lora.subscription import Subscription
+from loramux.lora.tiers import Tiers
 
 Listener = Callable[[AdapterEntry], None]
 
 
 class AdapterRegistry:
-    """Names, uids, leases and bytes.
+    """Names, uids and leases; its `tiers` have the bytes.
 
-    `device_budget` is the most bytes of adapters, loaded or reserved for a load; None is no bound.
+    `device_budget` is the most bytes of adapters on the device, loaded or reserved for a load; None is no bound.
+    `host_budget` is the same for those that are kept in the host's memory only.
     """
 
-    def __init__(self, *, device_budget: int | None = None, clock: Callable[[], float] = time.time) -> None:
-        self.budget = ByteBudget(device_budget)
+    def __init__(
+        self,
+        *,
+        device_budget: int | None = None,
+        host_budget: int | None = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.tiers = Tiers(device_budget, host_budget)
+        self.tiers.changed = self._changed
+        self.loaded: Callable[[AdapterEntry], None] = lambda entry: None  # files were read, or a host copy placed
+        self.budget = self.tiers.device
         self._clock = clock
         self._names: dict[str, AdapterEntry] = {}  # what a client's name means now
         self._replacing: dict[str, AdapterEntry] = {}  # LOADING, to take over a READY name
@@ -37,7 +48,7 @@ class AdapterRegistry:
     # What there is.
 
     def find(self, name: str) -> AdapterEntry | None:
-        """What `name` means now: LOADING, READY or FAILED."""
+        """What `name` means now: anything but DRAINING or UNLOADED."""
         return self._names.get(name)
 
     def get(self, name: str) -> AdapterEntry:
@@ -62,34 +73,54 @@ class AdapterRegistry:
 
     # Requests.
 
-    def lease(self, name: str, request_id: str) -> AdapterEntry:
-        """Hold what `name` means now until `release(entry.uid, request_id)`, whatever happens to the name.
+    def lease(self, names: Sequence[str], request_id: str) -> list[Lease]:
+        """Hold what `names` mean now until `release(lease.uid, request_id)`, whatever happens to the names.
 
-        A LOADING entry may be leased: its `weights` or its `error` will be set. Raises AdapterNotFound, or
-        AdapterUnavailable with the reason if the load failed.
+        All of them get their `weights` in one moment, when it is this request's turn (lora.tiers); or one gets an
+        `error`. Raises AdapterNotFound, or AdapterUnavailable with the reason if a load failed, and then holds nothing.
         """
-        entry = self.get(name)
-        if entry.state is State.FAILED:
-            assert entry.error is not None
-            raise _unavailable(name, entry.error.message, entry.error.metadata["cause"])
-        assert entry.state in (State.LOADING, State.READY), entry
-        entry.leases.add(request_id)
-        entry.last_used_at = self._clock()
-        return entry
+        entries = [self.get(name) for name in names]
+        for entry in entries:
+            if entry.state is State.FAILED:
+                assert entry.error is not None
+                raise _unavailable(entry.name, entry.error.message, entry.error.metadata["cause"])
+        leases = []
+        for entry in entries:
+            entry.last_used_at = self._clock()
+            leases.append(entry.leases.setdefault(request_id, Lease(entry, request_id)))
+        self.tiers.enter(request_id, leases)
+        return leases
 
     def release(self, uid: str, request_id: str) -> None:
         """Give a lease back. Harmless if there is none, so every way out of a request may call it."""
         entry = self._entries.get(uid)
         if entry is None:
             return
-        entry.leases.discard(request_id)
+        entry.leases.pop(request_id, None)
         if entry.state is State.DRAINING and not entry.leases:
             self._drop(entry)
+        self.tiers.leave(request_id)
 
     # Loads.
 
+    def register(
+        self, name: str, source: str, *, pinned: bool = False, digest: str = "", managed: bool = True
+    ) -> AdapterEntry:
+        """A REGISTERED entry, read when first asked for; what had the name drains. `digest`: what its files must be.
+
+        No load of the name may run.
+        """
+        assert self.loading(name) is None, f"{name} is being loaded"
+        current = self._names.get(name)
+        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED, managed=managed)
+        self._names[name] = self._entries[entry.uid] = entry
+        self._changed(entry)
+        if current is not None:
+            self._retire(current)
+        return entry
+
     def begin(self, name: str, source: str, *, pinned: bool = False) -> AdapterEntry:
-        """A LOADING entry. A READY one of the name keeps serving until `ready`; a FAILED one is forgotten."""
+        """A LOADING entry. A READY or REGISTERED one of the name serves until `ready`; a FAILED one is forgotten."""
         assert self.loading(name) is None, f"{name} is being loaded already"
         entry = AdapterEntry(name=name, uid=uuid.uuid4().hex, source=source, pinned=pinned)
         current = self._names.get(name)
@@ -109,17 +140,7 @@ class AdapterRegistry:
         """
         entry = self._entries[uid]
         assert entry.state is State.LOADING, entry
-        self.budget.take(uid, loaded.nbytes, what=f"adapter {entry.name!r}")
-        entry.nbytes = loaded.nbytes
-        entry.digest = loaded.digest
-        entry.max_rank = loaded.max_rank
-        entry.target_modules = tuple(loaded.target_modules)
-        entry.site_count = loaded.site_count
-        entry.load_seconds = load_seconds
-        entry.loaded_at = self._clock()
-        entry.residency = Residency.DEVICE
-        entry.state = State.READY
-        entry.weights = loaded.weights  # last: the engine's thread takes this as the sign that all is set
+        self._take(entry, loaded, load_seconds)
         old = None
         if self._replacing.get(entry.name) is entry:
             del self._replacing[entry.name]
@@ -127,8 +148,51 @@ class AdapterRegistry:
         self._names[entry.name] = entry
         self._changed(entry)
         if old is not None:
-            self._drain(old)
+            self._retire(old)
+        self.tiers.advance()
         return entry
+
+    def fetched(self, uid: str, loaded: LoadedAdapter, *, load_seconds: float = 0.0) -> None:
+        """What the tiers asked for is on the device.
+
+        Raises InvalidAdapter if the files are not those that the entry stands for, Overloaded if they take more than
+        was reserved; the caller then says `fetch_failed`.
+        """
+        entry = self._entries[uid]
+        if entry.digest and loaded.digest != entry.digest:
+            raise InvalidAdapter(
+                entry.source,
+                f"holds {loaded.digest}, not {entry.digest}, which this adapter stands for; load what lies there now, "
+                "or put back what lay there",
+                reason="ADAPTER_FILES_CHANGED",
+            )
+        self._take(entry, loaded, load_seconds)
+        self._changed(entry)
+        self.tiers.advance()
+
+    def _take(self, entry: AdapterEntry, loaded: LoadedAdapter, load_seconds: float) -> None:
+        entry.load_seconds = load_seconds
+        self.tiers.arrived(entry, loaded)
+        entry.digest = loaded.digest
+        entry.max_rank = loaded.max_rank
+        entry.target_modules = tuple(loaded.target_modules)
+        entry.site_count = loaded.site_count
+        entry.loaded_at = self._clock()
+        if entry.state is not State.DRAINING:
+            entry.state = State.READY
+        self.loaded(entry)
+
+    def fetch_failed(self, uid: str, error: LoramuxError) -> None:
+        """What the tiers asked for cannot be had: for all that wait for it, and for all that come if its files are at
+        fault. Others may ask again."""
+        entry = self._entries.get(uid)
+        if entry is None:
+            return
+        told = _unavailable(entry.name, error.message, error.reason)
+        if isinstance(error, InvalidAdapter) and entry.state in (State.REGISTERED, State.READY) and not entry.held:
+            entry.state, entry.error = State.FAILED, told
+            self._changed(entry)
+        self.tiers.failed(entry, told if isinstance(error, InvalidAdapter) else error)
 
     def fail(self, uid: str, error: LoramuxError) -> AdapterEntry:
         """LOADING → FAILED with the reason; requests that wait for it see `error`.
@@ -146,10 +210,11 @@ class AdapterRegistry:
             del self._replacing[entry.name]
             del self._entries[uid]
         self._changed(entry)
+        self.tiers.failed(entry, entry.error)
         return entry
 
     def unload(self, name: str) -> AdapterEntry:
-        """Take the name away: READY → DRAINING, and UNLOADED at once if no request holds it; FAILED →
+        """Take the name away: READY or REGISTERED → DRAINING, and UNLOADED at once if no request holds it; FAILED →
         UNLOADED.
 
         Loads of the name must have ended before. Raises AdapterNotFound.
@@ -157,10 +222,7 @@ class AdapterRegistry:
         entry = self.get(name)
         assert self.loading(name) is None, f"the load of {name} runs"
         del self._names[name]
-        if entry.state is State.FAILED:
-            self._drop(entry)
-        else:
-            self._drain(entry)
+        self._retire(entry)
         return entry
 
     def pin(self, name: str, pinned: bool) -> AdapterEntry:
@@ -169,10 +231,15 @@ class AdapterRegistry:
         if entry.pinned is not pinned:
             entry.pinned = pinned
             self._changed(entry)
+            self.tiers.advance()
         return entry
 
-    def _drain(self, entry: AdapterEntry) -> None:
-        assert entry.state is State.READY, entry
+    def _retire(self, entry: AdapterEntry) -> None:
+        """The name means something else, or nothing: who leased it is served to the end."""
+        if entry.state is State.FAILED:
+            self._drop(entry)
+            return
+        assert entry.state in (State.READY, State.REGISTERED), entry
         entry.state = State.DRAINING
         self._changed(entry)
         if not entry.leases:
@@ -184,10 +251,7 @@ class AdapterRegistry:
         if self._names.get(entry.name) is entry:
             del self._names[entry.name]
         del self._entries[entry.uid]
-        if entry.state is State.DRAINING:
-            self.budget.give_back(entry.uid)
-        entry.weights = None  # the last reference to the memory
-        entry.residency = Residency.DISK
+        self.tiers.drop(entry)
         entry.state = State.UNLOADED
         self._changed(entry)
 
@@ -220,22 +284,23 @@ class AdapterRegistry:
         for name, entry in self._names.items():
             assert entry.name == name
             assert self._entries[entry.uid] is entry
-            assert entry.state in (State.LOADING, State.READY, State.FAILED), entry
+            assert entry.state not in (State.DRAINING, State.UNLOADED), entry
         for name, entry in self._replacing.items():
             assert entry.name == name
             assert entry.state is State.LOADING, entry
             assert self._entries[entry.uid] is entry
-            assert self._names[name].state is State.READY, "only a serving name is replaced"
+            assert self._names[name].state in (State.READY, State.REGISTERED), "only a serving name is replaced"
         for uid, entry in self._entries.items():
             assert entry.uid == uid
             named = self._names.get(entry.name) is entry or self._replacing.get(entry.name) is entry
             assert named is (entry.state is not State.DRAINING), entry
-            assert (entry.weights is not None) is (entry.state in (State.READY, State.DRAINING)), entry
+            assert entry.weights is None or entry.state in (State.READY, State.DRAINING), entry
+            assert entry.weights is not None or not entry.held, entry
             assert (entry.error is not None) is (entry.state is State.FAILED), entry
             assert entry.leases or entry.state is not State.DRAINING, "drained, but not dropped"
             assert entry.state in (State.READY, State.DRAINING) or entry.nbytes == 0, entry
         assert self.budget.used == sum(entry.nbytes for entry in self._entries.values())
-        self.budget.check()
+        self.tiers.check()
 
 
 def _unavailable(name: str, why: str, cause: str) -> AdapterUnavailable:

@@ -16,6 +16,7 @@ from loramux.v1 import adapters_pb2_grpc as pb_grpc
 MAX_PAGE = 1000
 
 _STATES = {
+    State.REGISTERED: pb.ADAPTER_STATE_REGISTERED,
     State.LOADING: pb.ADAPTER_STATE_LOADING,
     State.READY: pb.ADAPTER_STATE_READY,
     State.DRAINING: pb.ADAPTER_STATE_DRAINING,
@@ -40,6 +41,7 @@ def describe(entry: AdapterEntry) -> pb.Adapter:
         residency=_RESIDENCIES[entry.residency],
         pinned=entry.pinned,
         device_bytes=entry.nbytes,
+        size_bytes=entry.size or 0,
         max_rank=entry.max_rank,
         target_modules=entry.target_modules,
         sites=entry.site_count,
@@ -105,6 +107,8 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             next_page_token="/".join(_place(page[-1])) if len(rest) > size else "",
             device_bytes=budget.used,
             device_budget_bytes=budget.limit or 0,
+            host_bytes=self._manager.registry.tiers.host.used,
+            host_budget_bytes=self._manager.registry.tiers.host.limit or 0,
         )
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:

@@ -50,6 +50,12 @@ class Flight:
         self.handed_over = True
         return await anext(self._events, None)
 
+    async def resolved(self) -> None:
+        """Until it is known what the adapters' names stand for: files that were never read have no digest yet."""
+        assert self._first is not None
+        if not all(use.handle.digest for use in self.request.adapters):
+            await asyncio.wait([self._first])
+
     def __aiter__(self) -> Flight:
         return self
 
@@ -111,8 +117,9 @@ class Admission:
         adapters: list[AdapterUse] = []
         flight: Flight | None = None
         try:
-            for name, weight in convert.adapter_names(message):
-                adapters.append(AdapterUse(self._leases.lease(name, ticket), weight))
+            asked = convert.adapter_names(message)
+            handles = self._leases.lease([name for name, _ in asked], ticket) if asked else ()
+            adapters += [AdapterUse(handle, weight) for handle, (_, weight) in zip(handles, asked, strict=True)]
             request = await self._request(message, ticket, tuple(adapters), arrival, seconds_left)
             flight = Flight(request, message.request_id or ticket, self._engine, self._metrics)
             try:

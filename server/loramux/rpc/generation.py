@@ -45,6 +45,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:
         async with self._admission.admit(request.request, context.time_remaining()) as flight:
             await flight.start()
+            await flight.resolved()
             started = pb.StreamStarted(
                 request_id=flight.request_id,
                 prompt_tokens=len(flight.request.prompt_ids),

@@ -29,8 +29,8 @@ class ModelInfo:
 class Leases(Protocol):
     """The adapter registry, as far as requests use it. Event loop's thread only."""
 
-    def lease(self, name: str, request_id: str) -> AdapterHandle:
-        """Resolve a name and hold its adapter for this request. Raises AdapterNotFound, AdapterUnavailable, …"""
+    def lease(self, names: Sequence[str], request_id: str) -> Sequence[AdapterHandle]:
+        """Resolve names and hold their adapters for this request. Raises AdapterNotFound, AdapterUnavailable, …"""
         ...
 
     def release(self, uid: str, request_id: str) -> None:

@@ -85,6 +85,7 @@ class Server:
         self._tokenizing = Tokenizing(parts.tokenizer, max_waiting=settings.max_queue)
         self._health = Health((GENERATION, ADAPTERS), lambda: parts.engine.healthy)
         self._unlisten = parts.adapters.registry.listen(self._adapter_changed)
+        parts.adapters.registry.tiers.turn = parts.engine.wake
         api_key, admin_key = settings.api_key, settings.admin_key
         self._public = make_server(settings, scope="public", key=api_key, other_key=admin_key, on_error=self._count)
         self._admin = make_server(settings, scope="admin", key=admin_key, other_key=api_key, on_error=self._count)
@@ -111,6 +112,7 @@ class Server:
         """
         try:
             addresses = await self._listen()
+            await self._start_adapters()
             await asyncio.gather(*(self._load(adapter) for adapter in self._settings.adapter))
         except BaseException:
             await self._close()
@@ -137,6 +139,12 @@ class Server:
         await self._public.start()
         await self._admin.start()
         return Addresses(public, admin, metrics)
+
+    async def _start_adapters(self) -> None:
+        try:
+            await self._parts.adapters.start()
+        except LoramuxError as error:
+            raise StartupError(error.message) from error
 
     async def _load(self, adapter: StartAdapter) -> None:
         try:

@@ -68,6 +68,7 @@ class Telemetry:
         self._patience = patience
         self._latest = self._take()
         self._stop_listening = adapters.listen(self._adapter_changed)
+        adapters.loaded = lambda entry: metrics.adapter_loaded(entry.load_seconds)
         metrics.set_source(self.snapshot)
 
     def close(self) -> None:
@@ -97,7 +98,7 @@ class Telemetry:
     def _take(self) -> Snapshot:
         engine = self._engine.stats()
         settings = self._engine.limits.settings
-        entries = self._adapters.entries()
+        entries, tiers = self._adapters.entries(), self._adapters.tiers
         return Snapshot(
             running=engine.running,
             waiting=engine.waiting,
@@ -115,15 +116,19 @@ class Telemetry:
             steps=engine.steps,
             step_seconds=asdict(engine.step_seconds),
             adapter_states=Counter(entry.state.value for entry in entries),
-            adapter_bytes=self._adapters.budget.used,
-            adapter_budget_bytes=self._adapters.budget.limit or 0,
+            adapter_residencies=Counter(entry.residency.value for entry in entries),
+            adapter_lookups={place.value: count for place, count in tiers.lookups.items()},
+            adapter_evictions=tiers.evictions,
+            adapter_bytes=tiers.device.used,
+            adapter_budget_bytes=tiers.device.limit or 0,
+            adapter_host_bytes=tiers.host.used,
+            adapter_host_budget_bytes=tiers.host.limit or 0,
+            waiting_for_adapters=tiers.waiting,
             adapter_leases=sum(len(entry.leases) for entry in entries),
         )
 
     def _adapter_changed(self, entry: AdapterEntry) -> None:
-        if entry.state is State.READY:
-            self._metrics.adapter_loaded(entry.load_seconds)
-        elif entry.state is State.FAILED and entry.error is not None:
+        if entry.state is State.FAILED and entry.error is not None:
             self._metrics.adapter_failed(entry.error.metadata.get("cause", entry.error.reason))
         elif entry.state is State.UNLOADED:
             self._metrics.adapter_unloaded()

@@ -19,6 +19,7 @@ class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_STATE_DRAINING: _ClassVar[AdapterState]
     ADAPTER_STATE_FAILED: _ClassVar[AdapterState]
     ADAPTER_STATE_UNLOADED: _ClassVar[AdapterState]
+    ADAPTER_STATE_REGISTERED: _ClassVar[AdapterState]
 
 class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -39,6 +40,7 @@ ADAPTER_STATE_READY: AdapterState
 ADAPTER_STATE_DRAINING: AdapterState
 ADAPTER_STATE_FAILED: AdapterState
 ADAPTER_STATE_UNLOADED: AdapterState
+ADAPTER_STATE_REGISTERED: AdapterState
 RESIDENCY_UNSPECIFIED: Residency
 RESIDENCY_DISK: Residency
 RESIDENCY_HOST: Residency
@@ -49,7 +51,7 @@ MERGE_DTYPE_FP16: MergeDtype
 MERGE_DTYPE_FP32: MergeDtype
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "digest", "source", "state", "residency", "pinned", "device_bytes", "max_rank", "target_modules", "sites", "leases", "loaded_at", "last_used_at", "load_time", "error")
+    __slots__ = ("name", "uid", "digest", "source", "state", "residency", "pinned", "device_bytes", "max_rank", "target_modules", "sites", "leases", "loaded_at", "last_used_at", "load_time", "error", "size_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +68,7 @@ class Adapter(_message.Message):
     LAST_USED_AT_FIELD_NUMBER: _ClassVar[int]
     LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     digest: str
@@ -82,7 +85,8 @@ class Adapter(_message.Message):
     last_used_at: _timestamp_pb2.Timestamp
     load_time: _duration_pb2.Duration
     error: str
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., leases: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+    size_bytes: int
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., leases: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "replace", "pin", "validate_only")
@@ -145,16 +149,20 @@ class ListAdaptersRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListAdaptersResponse(_message.Message):
-    __slots__ = ("adapters", "next_page_token", "device_bytes", "device_budget_bytes")
+    __slots__ = ("adapters", "next_page_token", "device_bytes", "device_budget_bytes", "host_bytes", "host_budget_bytes")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     next_page_token: str
     device_bytes: int
     device_budget_bytes: int
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., device_bytes: _Optional[int] = ..., device_budget_bytes: _Optional[int] = ...) -> None: ...
+    host_bytes: int
+    host_budget_bytes: int
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., device_bytes: _Optional[int] = ..., device_budget_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class UpdateAdapterRequest(_message.Message):
     __slots__ = ("name", "pinned")
