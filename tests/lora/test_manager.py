@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -480,3 +482,22 @@ async def test_a_folder_without_files_is_told_by_the_reader(manager: AdapterMana
     await manager.load("b")
     with pytest.raises(InvalidAdapter, match=r"adapter_config\.json"):
         await manager.load("b", "a", replace=True)
+
+
+async def test_loads_give_way_to_the_model(tmp_path: Path) -> None:
+    """Their threads alone: the process, and with it the engine, keeps its place."""
+    seen: list[int] = []
+
+    class Reader(FakeReader):
+        def __call__(self, folder: Path) -> FakeAdapter:
+            seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return super().__call__(folder)
+
+    reader = Reader(tmp_path)
+    reader.put("a", b"a")
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    manager = AdapterManager(AdapterRegistry(), AdapterRoots([tmp_path]), reader)
+    await manager.load("a")
+    assert seen[0] > mine
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+    await manager.close()

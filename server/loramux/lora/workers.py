@@ -7,11 +7,16 @@ thread goes on as a stray; what the thread holds counts as held until it ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from loramux.errors import DeadlineExceeded, LoramuxError
+
+_NICENESS = 10
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -44,7 +49,7 @@ class Workers:
     """A pool of threads for jobs. Used by one event loop, in its thread."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_give_way)
         self._strays: set[asyncio.Future[Any]] = set()
 
     async def run(self, job: Job, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
@@ -84,6 +89,13 @@ class Workers:
     def _ended(self, future: asyncio.Future[Any]) -> None:
         self._strays.discard(future)
         retrieve(future)
+
+
+def _give_way() -> None:
+    """Let the model's threads go first: hashing and converting a file takes tens of milliseconds of a core, which streams
+    would feel as a gap. On Linux niceness is a thread's own."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def retrieve(future: asyncio.Future[Any]) -> None:
