@@ -92,8 +92,8 @@ class Workers:
 
 
 def _give_way() -> None:
-    """Let the model's threads go first: hashing and converting a file takes tens of milliseconds of a core, which streams
-    would feel as a gap. On Linux niceness is a thread's own."""
+    """Let the model's threads go first: hashing and converting a file takes tens of milliseconds of a core, which
+    streams would feel as a gap. On Linux niceness is a thread's own."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
