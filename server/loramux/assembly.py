@@ -14,12 +14,14 @@ from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
 from loramux.engine.settings import EngineSettings
 from loramux.lora.adapter import Adapter
+from loramux.lora.hub import Hub
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
+from loramux.model.embedded import cache_root
 from loramux.model.kv_capacity import kv_blocks
 from loramux.model.loading import LoadedModel, Progress, load_model
 from loramux.model.tokenizer import IdsOnly
@@ -97,9 +99,10 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         files = read_adapter(folder, model.sites, limits=limits)
         return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype))
 
+    hub = Hub(settings.adapter_hub, cache_root() / "hub", limits) if settings.adapter_hub else None
     adapters = AdapterManager(
         registry,
-        AdapterRoots(settings.adapter_dir),
+        AdapterRoots(settings.adapter_dir, hub),
         read_and_place,
         measure=lambda folder: measure(folder, model.dtype.itemsize, limits),
         limits=limits,

@@ -108,6 +108,14 @@ class Settings:
     adapter: tuple[StartAdapter, ...] = field(
         default=(), metadata=_is(many(values.START_ADAPTER), "Adapter to load at start; repeatable.")
     )
+    adapter_hub: tuple[str, ...] = field(
+        default=(),
+        metadata=_is(
+            many(text("ORG/NAME")),
+            "Hub repository that operators may load adapters from, as hub:ORG/NAME@COMMIT; 'acme/*' is understood; "
+            "repeatable. None is loaded from a hub otherwise.",
+        ),
+    )
     adapters_file: Path | None = field(
         default=None,
         metadata=_is(

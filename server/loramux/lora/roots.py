@@ -1,4 +1,4 @@
-"""Where adapters may come from: folders under the allowed roots, and nothing else. Imports no torch.
+"""Where adapters may come from: folders under the allowed roots, a hub if there is one, and nothing else. No torch.
 
 Knows names and paths, not what the files say. It touches the file system, so it runs in a worker.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loramux.errors import InvalidAdapter, InvalidRequest, PathNotAllowed
+from loramux.lora.hub import PREFIX, Hub
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,8 +36,10 @@ def check_name(name: str, *, field: str = "name") -> str:
 class AdapterRoots:
     """The allowed roots, resolved once. Immutable; safe in any thread."""
 
-    def __init__(self, paths: Sequence[Path | str]) -> None:
+    def __init__(self, paths: Sequence[Path | str], hub: Hub | None = None) -> None:
         self.paths: tuple[Path, ...] = tuple(dict.fromkeys(Path(os.path.realpath(p)) for p in paths))
+        self._hub = hub
+        self._allowed = self.paths if hub is None else (*self.paths, Path(os.path.realpath(hub.cache)))
 
     def resolve(self, source: str) -> Path:
         """The real path of the adapter folder that `source` names.
@@ -47,9 +50,11 @@ class AdapterRoots:
 
         Raises InvalidRequest for text that is no path, PathNotAllowed for a path outside the roots (whether it exists
         or not: the answer tells nothing about other folders), InvalidAdapter with the reason ADAPTER_FILES_MISSING
-        where there is no such folder.
+        where there is no such folder. `hub:…` is fetched, see lora.hub.
         """
         self._check_text(source)
+        if source.startswith(PREFIX):
+            source = self._fetch(source)
         searched = [Path(source)] if os.path.isabs(source) else [root / source for root in self.paths]
         inside = False
         for path in searched:
@@ -65,6 +70,15 @@ class AdapterRoots:
         raise InvalidAdapter(
             "source", self._missing(source), reason="ADAPTER_FILES_MISSING", metadata={"source": source}
         )
+
+    def _fetch(self, source: str) -> str:
+        if self._hub is None:
+            raise PathNotAllowed(
+                "this server takes no adapters from a hub; start it with --adapter-hub ORG/NAME (patterns such as "
+                "'acme/*' are understood), or copy the folder under a root",
+                metadata={"path": source},
+            )
+        return str(self._hub.fetch(source, (CONFIG_FILE, WEIGHTS_FILE)))
 
     def _missing(self, source: str) -> str:
         if not self.paths:
@@ -92,7 +106,7 @@ class AdapterRoots:
                 raise self._not_allowed(str(folder / name))
 
     def _allows(self, real: Path) -> bool:
-        return any(real.is_relative_to(root) for root in self.paths)
+        return any(real.is_relative_to(root) for root in self._allowed)
 
     def _not_allowed(self, path: str) -> PathNotAllowed:
         return PathNotAllowed(
