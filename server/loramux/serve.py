@@ -32,6 +32,7 @@ async def run(settings: Settings, console: Console, ports_file: Path | None = No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, console)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # nothing to reload yet, and no reason to die
     with bars(console, f"Loading {settings.model}", "Compiling native operations") as (loading, compiling):
         loaded = await asyncio.to_thread(prepare_model, settings, loading, compiling)
     application = assemble(settings, loaded)

@@ -56,20 +56,21 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
 
 
 def adapters_table(adapters: Iterable[Adapter]) -> Table:
-    """`loramux adapters list`."""
-    table = Table("name", "state", "where", "rank", "layers", "targets", "size", "in use", "pinned", "uid")
+    """`loramux adapters list`. Fits 80 columns; `--json` has everything in full."""
+    table = Table(padding=(0, 1, 0, 0))
+    for column in ("name", "state", "where", "rank", "size", "in use", "pinned"):
+        table.add_column(column, no_wrap=column != "name", overflow="fold")
+    table.add_column("targets, or what is wrong", overflow="fold")
     for a in adapters:
         table.add_row(
             a.name,
-            a.state if not a.error else f"{a.state}: {a.error}",
+            a.state,
             a.residency,
-            str(a.max_rank),
-            str(a.sites),
-            ",".join(a.target_modules),
-            size(a.size_bytes),
+            str(a.max_rank or ""),
+            size(a.size_bytes) if a.size_bytes else "",
             str(a.leases),
             "yes" if a.pinned else "",
-            a.uid,
+            a.error or ", ".join(a.target_modules),
         )
     return table
 
