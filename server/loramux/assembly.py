@@ -95,7 +95,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
 
     def read_and_place(folder: Path) -> Adapter:
         files = read_adapter(folder, model.sites, limits=limits)
-        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype))
+        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize))
 
     adapters = AdapterManager(
         registry,

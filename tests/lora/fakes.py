@@ -23,6 +23,7 @@ class FakeAdapter:
     max_rank: int = 8
     target_modules: tuple[str, ...] = ("q_proj",)
     site_count: int = 1
+    mixable: bool = True
 
 
 class FakeReader:

@@ -104,7 +104,7 @@ async def endless(request: Request) -> AsyncIterator[Event]:
 
 
 def write_adapter(root: Path, name: str, content: bytes = b"weights") -> Path:
-    """A folder that the fake reader takes; content that begins with b"bad" it refuses."""
+    """A folder that the fake reader takes; content that begins with b"bad" it refuses, with b"dora" cannot be mixed."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA"}))
@@ -119,7 +119,13 @@ def read_adapter(folder: Path) -> Any:
         raise InvalidAdapter("lora_A", "holds NaN")
     digest = folder_digest(folder, ReadLimits())
     return SimpleNamespace(
-        weights={0: digest}, nbytes=len(content), digest=digest, max_rank=8, target_modules=("q_proj",), site_count=2
+        weights={0: digest},
+        nbytes=len(content),
+        digest=digest,
+        max_rank=8,
+        target_modules=("q_proj",),
+        site_count=2,
+        mixable=not content.startswith(b"dora"),
     )
 
 

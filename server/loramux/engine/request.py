@@ -37,13 +37,14 @@ class AdapterHandle(Protocol):
     """What a request holds of an adapter: the registry's entry that it leased.
 
     `weights` is None until the adapter is where the model computes; then it maps site index → LoraWeights and
-    never changes again. `error` is set instead if the load fails. Both are written once, by one thread, and
-    only read here.
+    never changes again. `error` is set instead if the load fails. `mixable` says whether it may be weighted and added
+    to others; it is known with the weights, and true before. All are written once, by one thread, and only read here.
     """
 
     name: str
     uid: str
     digest: str
+    mixable: bool
     weights: Mapping[int, Any] | None
     error: LoramuxError | None
 

@@ -34,6 +34,8 @@ class LoadedAdapter(Protocol):
     @property
     def weights(self) -> Mapping[int, Any]: ...
     @property
+    def mixable(self) -> bool: ...
+    @property
     def nbytes(self) -> int: ...
     @property
     def digest(self) -> str: ...
@@ -71,4 +73,5 @@ class AdapterEntry:
     last_used_at: float = 0.0
     load_seconds: float = 0.0
     error: LoramuxError | None = None
+    mixable: bool = True  # known once it is READY
     weights: Mapping[int, Any] | None = None

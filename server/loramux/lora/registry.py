@@ -115,6 +115,7 @@ class AdapterRegistry:
         entry.max_rank = loaded.max_rank
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
+        entry.mixable = loaded.mixable
         entry.load_seconds = load_seconds
         entry.loaded_at = self._clock()
         entry.residency = Residency.DEVICE
