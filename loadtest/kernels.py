@@ -150,7 +150,7 @@ def with_adapters(native: Any, name: str, linears: list[Any], x: Any, runs: int)
             # A is shared by the parts of a call; B is not.
             offsets, at = [], sizes[0]
             for size in sizes[1:]:
-                offsets.append([0, at, -1])
+                offsets.append([0, at, -1, -1])
                 at += size
             weights = AdapterWeights(
                 (torch.randn(at) * 0.01).to(torch.bfloat16),

@@ -97,7 +97,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
 
     def read_and_place(folder: Path) -> Adapter:
         files = read_adapter(folder, model.sites, limits=limits)
-        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype))
+        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize))
 
     hub = Hub(settings.adapter_hub, cache_root() / "hub", limits) if settings.adapter_hub else None
     adapters = AdapterManager(

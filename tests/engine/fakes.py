@@ -55,6 +55,7 @@ class FakeAdapter:
     digest: str = "sha256:0"
     weights: Mapping[int, Any] | None = None
     error: LoramuxError | None = None
+    mixable: bool = True
 
     def load(self) -> FakeAdapter:
         self.weights = {0: self.uid}

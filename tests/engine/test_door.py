@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from loramux.engine.door import Limits, check_request
-from loramux.engine.request import SamplingParams
+from loramux.engine.request import AdapterUse, SamplingParams
 from loramux.engine.settings import EngineSettings
 from loramux.errors import InvalidRequest
+
+from tests.engine.fakes import FakeAdapter, adapter
 
 NAN, INF = float("nan"), float("inf")
 LIMITS = Limits(vocab_size=100, max_context=32, settings=EngineSettings())
@@ -61,7 +63,7 @@ BAD_REQUEST: list[tuple[str, dict[str, Any]]] = [
     ("cache_salt", {"cache_salt": "x" * 257}),
     ("priority", {"priority": 101}),
     ("priority", {"priority": -101}),
-    ("mix", {"mix": 9}),
+    ("mix", {"adapters": (AdapterUse(FakeAdapter("a", "a-1")),) * 9}),
 ]
 
 
@@ -105,8 +107,30 @@ def test_the_limits_themselves_are_allowed(knobs: dict[str, Any]) -> None:
         request_id="x" * 128,
         cache_salt="x" * 256,
         priority=-100,
-        mix=8,
+        adapters=(AdapterUse(FakeAdapter("a", "a-1"), -0.5),) * 8,
     )
+
+
+DORA = FakeAdapter("dora", "dora-1", mixable=False)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "field"),
+    [
+        ((AdapterUse(adapter("a")), AdapterUse(DORA)), "mix[1].adapter"),
+        ((AdapterUse(DORA, 0.5), AdapterUse(adapter("a"), 0.0)), "mix[0].adapter"),
+        ((AdapterUse(DORA, 0.5),), "mix[0].adapter"),
+    ],
+)
+def test_dora_cannot_be_mixed(adapters: tuple[AdapterUse, ...], field: str) -> None:
+    """It scales the base's outputs: what it does cannot be weighted or added to what others do."""
+    with pytest.raises(InvalidRequest, match=r"'dora' is a DoRA adapter.*ask for it alone, with weight 1") as caught:
+        _check(SamplingParams(), adapters=adapters)
+    assert (caught.value.field, caught.value.reason) == (field, "ADAPTER_NOT_MIXABLE")
+
+
+def test_dora_alone_is_allowed() -> None:
+    _check(SamplingParams(), adapters=(AdapterUse(DORA),))
 
 
 def test_the_field_of_token_ids_can_be_named() -> None:

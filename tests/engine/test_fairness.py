@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from loramux.engine.request import SequenceFinished
+from loramux.engine.request import AdapterUse, SequenceFinished
 from loramux.engine.settings import EngineSettings
-from loramux.errors import AdapterUnavailable
+from loramux.errors import AdapterUnavailable, InvalidRequest
 
 from .fakes import Bench, FakeAdapter, FakeModel, adapter, expected, request
 
@@ -159,6 +159,36 @@ def test_failed_load_fails_its_requests_only() -> None:
     bench.run()
     assert all(bench.error(r) is broken.error for r in bad)
     assert isinstance(bench.events[good][-1], SequenceFinished)
+    bench.assert_baseline()
+
+
+def test_a_mix_that_turns_out_to_be_dora_is_refused_before_it_starts() -> None:
+    """While it loads nobody knows."""
+    bench = Bench()
+    dora = FakeAdapter("dora", "dora-1")
+    mixed = request([1], AdapterUse(dora, 0.5), AdapterUse(adapter("a"), 0.5))
+    alone = request([2], dora)
+    bench.submit(mixed, alone)
+    assert not bench.engine.step()
+    dora.mixable = False
+    dora.load()
+    bench.run()
+    assert isinstance(bench.error(mixed), InvalidRequest)
+    assert bench.tokens(mixed) == []
+    assert bench.tokens(alone) == expected([2], alone.adapters)
+    bench.assert_baseline()
+
+
+def test_a_mix_that_is_known_late_is_refused_too() -> None:
+    """Loaded between the door and the engine's first look."""
+    bench = Bench()
+    dora = FakeAdapter("dora", "dora-1")
+    mixed = request([1], AdapterUse(dora, 0.5))
+    bench.submit(mixed)
+    dora.mixable = False
+    dora.load()
+    bench.run()
+    assert isinstance(bench.error(mixed), InvalidRequest)
     bench.assert_baseline()
 
 

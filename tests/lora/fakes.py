@@ -24,6 +24,7 @@ class FakeAdapter:
     target_modules: tuple[str, ...] = ("q_proj",)
     site_count: int = 1
     stays_on_host: bool = True
+    mixable: bool = True
 
 
 class FakeReader:

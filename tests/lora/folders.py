@@ -36,7 +36,13 @@ V0 = "model.layers.0.self_attn.v_proj"
 
 
 def factors(
-    *modules: str, rank: int = 2, prefix: str = "base_model.model.", seed: int = 0, bias: bool = False
+    *modules: str,
+    rank: int = 2,
+    prefix: str = "base_model.model.",
+    seed: int = 0,
+    bias: bool = False,
+    dora: bool = False,
+    pooling: int = 1,
 ) -> dict[str, Tensor]:
     """Random fp32 tensors for `modules`, under PEFT's keys."""
     random = torch.Generator().manual_seed(seed)
@@ -44,10 +50,12 @@ def factors(
     for module in modules:
         site = BY_NAME[module]
         key = f"{prefix}{module}"
-        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, site.in_features, generator=random)
+        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, site.in_features // pooling, generator=random)
         tensors[f"{key}.lora_B.weight"] = torch.randn(site.out_features, rank, generator=random)
         if bias:
             tensors[f"{key}.lora_B.bias"] = torch.randn(site.out_features, generator=random)
+        if dora:
+            tensors[f"{key}.lora_magnitude_vector"] = torch.randn(site.out_features, generator=random)
     return tensors
 
 

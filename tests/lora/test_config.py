@@ -22,8 +22,8 @@ def parse(**fields: object) -> PeftConfig:
 REFUSED: dict[str, list[object]] = {
     "peft_type": ["LOHA", "ADALORA", "lora"],
     "bias": ["all", "lora_only"],
-    "use_dora": [True],
-    "use_qalora": [True],
+    "use_dora": ["yes", 1],
+    "use_qalora": ["yes", 1],
     "modules_to_save": [["classifier"]],
     "trainable_token_indices": [[1, 2], {"embed_tokens": [1]}],
     "layer_replication": [[[0, 4], [2, 5]]],

@@ -21,6 +21,7 @@ from tests.lora.folders import K0, LIMITS, Q0, SITES, factors, raw, write
 
 A = f"base_model.model.{Q0}.lora_A.weight"
 B = f"base_model.model.{Q0}.lora_B.weight"
+M = f"base_model.model.{Q0}.lora_magnitude_vector"
 
 
 def refused(folder: Path, *says: str, limits: ReadLimits = LIMITS) -> InvalidAdapter:
@@ -207,7 +208,26 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, objec
         ("modules_to_save",),
     ),
     "trained bias": (lambda: extra(f"base_model.model.{Q0}.bias", 16), {}, (f"{Q0}.bias",)),
-    "DoRA": (lambda: extra(f"base_model.model.{Q0}.lora_magnitude_vector", 16), {}, ("lora_magnitude_vector", "DoRA")),
+    "DoRA not in the config": (lambda: extra(M, 16), {}, (M, "use_dora=true", "correct one of the two")),
+    "DoRA only in the config": (lambda: factors(Q0), {"use_dora": True}, (Q0, "no lora_magnitude_vector")),
+    "DoRA of another size": (lambda: extra(M, 8), {"use_dora": True}, (M, "[8]", "[16]", "another base")),
+    "DoRA, a row each": (lambda: extra(M, 16, 1), {"use_dora": True}, (M, "[16, 1]", "[16]")),
+    "DoRA of an embedding": (
+        lambda: extra("base_model.model.model.embed_tokens.lora_magnitude_vector", 9),
+        {"use_dora": True},
+        ("embed_tokens", "embedding"),
+    ),
+    "QA-LoRA that was not pooled": (
+        lambda: factors(Q0),
+        {"use_qalora": True, "qalora_group_size": 4},
+        ("lora_A", "pools 4", "set use_qalora=false"),
+    ),
+    "QA-LoRA of another group size": (
+        lambda: factors(Q0) | {A: torch.ones(2, 4)},
+        {"use_qalora": True, "qalora_group_size": 8},
+        ("lora_A", "4 columns", "groups of 8", "16 in features", "qalora_group_size"),
+    ),
+    "pooled, but not in the config": (lambda: factors(Q0) | {A: torch.ones(2, 4)}, {}, ("lora_A", "4 columns")),
     "KaSA": (lambda: extra(f"base_model.model.{Q0}.lora_diag", 2), {}, ("lora_diag",)),
     "parameter": (
         lambda: extra("base_model.model.mlp.experts.base_layer.lora_A.weight", 2, 2),
@@ -336,6 +356,6 @@ def test_read_leaves_no_open_files(tmp_path: Path) -> None:
 
 
 def test_config_errors_come_through(tmp_path: Path) -> None:
-    refused(write(tmp_path, use_dora=True), "use_dora", "not served yet")
+    refused(write(tmp_path, bias="all"), "bias", "all adapters share")
     (tmp_path / CONFIG_FILE).write_text(json.dumps([]))
     refused(tmp_path, CONFIG_FILE)

@@ -17,11 +17,14 @@ BACKENDS: list[Backend] = [GroupedBackend()]
 REFERENCE = ReferenceBackend()
 
 
-def lora(rank: int, k: int, n: int, bias: bool, generator: torch.Generator, dtype: torch.dtype) -> LoraWeights:
+def lora(
+    rank: int, k: int, n: int, bias: bool, generator: torch.Generator, dtype: torch.dtype, scaled: bool = False
+) -> LoraWeights:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    return LoraWeights(draw(rank, k) / k**0.5, draw(n, rank) / rank**0.5, draw(n) if bias else None)
+    scale = torch.randn(n, generator=generator) if scaled else None
+    return LoraWeights(draw(rank, k) / k**0.5, draw(n, rank) / rank**0.5, draw(n) if bias else None, scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
@@ -41,12 +44,17 @@ def test_linear(backend: Backend, data: st.DataObject) -> None:
         for n in widths
     ]
     segments = []
-    for _ in range(data.draw(st.integers(0, 4))):
-        start = data.draw(st.integers(0, rows))
-        stop = data.draw(st.integers(start, rows))  # empty segments included
+    # Rows of segments with a scale are in no other; the rest may overlap.
+    shared = data.draw(st.integers(0, rows))
+    for scaled in sorted(data.draw(st.lists(st.booleans(), max_size=5))):
+        first, last = (shared, rows) if scaled else (0, shared)
+        start = data.draw(st.integers(first, last))
+        stop = data.draw(st.integers(start, last))  # empty segments included
+        shared = stop if scaled else shared
         rank = data.draw(st.sampled_from([1, 3, 8, 40]))
         factors = tuple(
-            lora(rank, k, n, data.draw(st.booleans()), g, dtype) if data.draw(st.booleans()) else None for n in widths
+            lora(rank, k, n, data.draw(st.booleans()), g, dtype, scaled) if data.draw(st.booleans()) else None
+            for n in widths
         )
         segments.append(SiteSegment(start, stop, data.draw(st.sampled_from([1.0, -0.5, 0.25])), factors))
     x = torch.randn(rows, k, generator=g).to(dtype)
@@ -66,7 +74,7 @@ def test_base_rows_get_no_adapter(backend: Backend) -> None:
     g = torch.Generator().manual_seed(1)
     parts = [LinearPart(NF4Weight.quantize(torch.randn(32, 64, generator=g)))]
     x = torch.randn(4, 64, generator=g)
-    segment = SiteSegment(1, 3, 1.0, (lora(8, 64, 32, True, g, torch.float32),))
+    segment = SiteSegment(1, 3, 1.0, (lora(8, 64, 32, True, g, torch.float32, scaled=True),))
     (plain,), (mixed,) = backend.linear(x, parts, []), backend.linear(x, parts, [segment])
     assert torch.equal(plain[[0, 3]], mixed[[0, 3]])
     assert not torch.isclose(plain[[1, 2]], mixed[[1, 2]]).all(dim=1).any()

@@ -46,8 +46,12 @@ class Case:
         self.parts = [self.part(n) for n in self.widths]
         self.plain: list[SiteSegment] = []
         self.segments: list[Segment] = []
+        # Rows of segments with a scale are in no other; the rest may overlap.
+        shared = self.choose.randint(0, self.rows)
         for _ in range(self.choose.randint(0, 5)):
-            self.add_segment()
+            self.add_segment(0, shared, scaled=False)
+        while shared < self.rows and self.choose.random() < 0.8:
+            shared = self.add_segment(shared, self.rows, scaled=True)
         self.x = self.draw(self.rows, self.k).to(BF16)
 
     def draw(self, *shape: int) -> torch.Tensor:
@@ -57,23 +61,26 @@ class Case:
         bias = self.draw(n).to(BF16) if self.choose.random() < 0.5 else None
         return LinearPart(NF4Weight.quantize(self.draw(n, self.k) / self.k**0.5), bias)
 
-    def add_segment(self) -> None:
-        start = self.choose.randint(0, self.rows)
-        stop = self.choose.randint(start, self.rows)  # empty ones included
+    def add_segment(self, first: int, last: int, *, scaled: bool) -> int:
+        """A segment within these rows; returns where it ends."""
+        start = self.choose.randint(first, last)
+        stop = self.choose.randint(start, last)  # empty ones included
         weight = self.choose.choice([1.0, -0.5, 0.25])
         rank = self.choose.choice(RANKS)
         factors: list[LoraWeights | None] = []
         for n in self.widths:
             a, b = (self.draw(rank, self.k) / self.k**0.5).to(BF16), (self.draw(n, rank) / rank**0.5).to(BF16)
             bias = self.draw(n).to(BF16) if self.choose.random() < 0.3 else None
-            factors.append(LoraWeights(a, b, bias) if self.choose.random() < 0.7 else None)
+            scale = self.draw(n) if scaled and self.choose.random() < 0.8 else None
+            factors.append(LoraWeights(a, b, bias, scale) if self.choose.random() < 0.7 else None)
         self.plain.append(SiteSegment(start, stop, weight, tuple(factors)))
         self.segments.append(Segment(start, stop, weight, flat(factors)))
+        return stop
 
 
 def flat(factors: list[LoraWeights | None]) -> AdapterWeights:
     """One buffer of exactly the factors, each at a multiple of 64 bytes, as lora.adapter lays them out."""
-    offsets = torch.full((len(factors), 3), -1, dtype=torch.int64)
+    offsets = torch.full((len(factors), 4), -1, dtype=torch.int64)
     ranks = torch.zeros(len(factors), dtype=torch.int32)
     chunks = [torch.empty(0, dtype=BF16)]
     at = 0
@@ -81,10 +88,11 @@ def flat(factors: list[LoraWeights | None]) -> AdapterWeights:
         if lora is None:
             continue
         ranks[site] = lora.a.shape[0]
-        for i, tensor in enumerate((lora.a, lora.b, lora.bias)):
+        for i, tensor in enumerate((lora.a, lora.b, lora.bias, lora.scale)):
             if tensor is not None:
+                elements = tensor.flatten().view(BF16)
                 offsets[site, i] = at
-                chunks += [tensor.flatten(), torch.zeros(-tensor.numel() % 32, dtype=BF16)]
+                chunks += [elements, torch.zeros(-elements.numel() % 32, dtype=BF16)]
                 at += chunks[-2].numel() + chunks[-1].numel()
     return AdapterWeights(torch.cat(chunks), offsets, ranks, {i: f for i, f in enumerate(factors) if f is not None})
 
@@ -174,6 +182,31 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(native: NativeBackend, bad:
     got = run(linear, native, x, [])
     assert not got[2].isfinite().any()
     assert torch.equal(got[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (5, 128), (100, 576), (48, 4096)])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_unpacking_gives_the_weight_back(vectors: bool, double: bool, shape: tuple[int, int]) -> None:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(7)) + 0.1
+    codes, state = bnb.quantize_4bit(values, blocksize=64, compress_statistics=double, quant_type="nf4")
+    weight = NF4Weight.from_checkpoint(codes, state.as_dict(packed=True))
+    again = PackedNF4.pack(weight, vectors=vectors).unpack()
+    assert again.shape == weight.shape
+    for name in ("codes", "absmax", "table", "nested_absmax", "nested_table", "offset"):
+        before, after = getattr(weight, name), getattr(again, name)
+        assert (before is None) is (after is None), name
+        if before is not None:
+            assert before.dtype == after.dtype, name
+            assert torch.equal(before, after), name
+
+
+def test_a_linear_gives_its_parts_back(native: NativeBackend) -> None:
+    for depth in (128, 80):  # the native path and the other one
+        parts = [LinearPart(NF4Weight.quantize(torch.randn(n, depth))) for n in (48, 5)]
+        linear = native.prepare(parts, [0, 1])
+        for i, part in enumerate(parts):
+            assert torch.equal(linear.dequantize(i), part.weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("vectors", [False, True])

@@ -104,7 +104,7 @@ async def endless(request: Request) -> AsyncIterator[Event]:
 
 
 def write_adapter(root: Path, name: str, content: bytes = b"weights") -> Path:
-    """A folder that the fake reader takes; content that begins with b"bad" it refuses."""
+    """A folder that the fake reader takes; content that begins with b"bad" it refuses, with b"dora" cannot be mixed."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA"}))
@@ -126,6 +126,7 @@ def read_adapter(folder: Path) -> Any:
         target_modules=("q_proj",),
         site_count=2,
         stays_on_host=True,
+        mixable=not content.startswith(b"dora"),
     )
 
 

@@ -55,6 +55,8 @@ GENERATE: dict[str, tuple[GenerateRequest, str, str, str]] = {
     "a mix without a name": (mix(("", 1)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].adapter"),
     "a NaN weight": (mix(("a", NAN)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
     "an infinite weight": (mix(("a", float("inf"))), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
+    "DoRA in a mix": (mix(("a", 1), ("dora", 1)), "INVALID_ARGUMENT", "ADAPTER_NOT_MIXABLE", "mix[1].adapter"),
+    "DoRA with a weight": (mix(("dora", 0.5)), "INVALID_ARGUMENT", "ADAPTER_NOT_MIXABLE", "mix[0].adapter"),
     "no input": (GenerateRequest(), "INVALID_ARGUMENT", "EMPTY_PROMPT", "input"),
     "empty prompt": (req(""), "INVALID_ARGUMENT", "EMPTY_PROMPT", "prompt"),
     "no ids": (GenerateRequest(token_ids=TokenIds()), "INVALID_ARGUMENT", "EMPTY_PROMPT", "token_ids"),
@@ -118,9 +120,11 @@ async def serves_on(r: Running) -> None:
 
 async def test_generate_refuses_what_it_should(tmp_path: Path) -> None:
     write_adapter(tmp_path, "broken", b"bad")
+    write_adapter(tmp_path, "dora", b"dora")
     async with running(tmp_path, adapters=("a",)) as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
         with pytest.raises(Exception, match="holds NaN"):
             await r.manager.load("broken")
+        await r.manager.load("dora")
         stub = generation_stub(channel)
         for name, (request, code, reason, field) in GENERATE.items():
             try:

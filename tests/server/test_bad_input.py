@@ -230,7 +230,7 @@ def broken(root: Path) -> dict[str, tuple[str, str]]:
     folder("bias", lambda p: None, bias="all")
     folder("modules_to_save", lambda p: None, modules_to_save=["lm_head"])
     folder("not LoRA", lambda p: None, peft_type="IA3")
-    folder("DoRA", lambda p: None, use_dora=True)
+    folder("DoRA without magnitudes", lambda p: None, use_dora=True)
     folder("PiSSA", lambda p: None, init_lora_weights="pissa")
     folder("unknown field", lambda p: None, use_magic=True)
     outside = root.parent / "outside"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loramux.engine.request import SamplingParams
+from loramux.engine.request import AdapterUse, SamplingParams
 from loramux.engine.settings import EngineSettings
 from loramux.errors import InvalidRequest
 
@@ -38,22 +38,39 @@ def check_request(
     request_id: str = "",
     cache_salt: str = "",
     priority: int = 0,
-    mix: int = 0,
+    adapters: Sequence[AdapterUse] = (),
     prompt_field: str = "prompt",
 ) -> None:
     """Return if the request keeps every limit; raise InvalidRequest for the first that it does not.
 
-    `mix` is the number of adapters; `prompt_field` is the proto field that the ids came from. The error's
-    `field` is a path in GenerateRequest, its text and metadata (`limit`, `given`) say what is allowed and
-    what was given.
+    `adapters` may be loading still: see `check_mix`. `prompt_field` is the proto field that the ids came from. The
+    error's `field` is a path in GenerateRequest, its text and metadata (`limit`, `given`) say what is allowed and what
+    was given.
     """
     s = limits.settings
     _check_prompt(prompt_ids, limits, prompt_field)
     _at_most("request_id", len(request_id), s.max_request_id_chars, "characters")
     _at_most("cache_salt", len(cache_salt), s.max_cache_salt_chars, "characters")
-    _at_most("mix", mix, s.max_mix, "adapters")
+    _at_most("mix", len(adapters), s.max_mix, "adapters")
+    check_mix(adapters)
     _within("priority", priority, -s.max_priority, s.max_priority)
     check_sampling(sampling, limits)
+
+
+def check_mix(adapters: Sequence[AdapterUse]) -> None:
+    """Raise InvalidRequest for an adapter that is mixed and cannot be, as far as it is known: those that load are not.
+
+    So it is asked again once they have loaded.
+    """
+    for i, use in enumerate(adapters):
+        if not use.handle.mixable and (len(adapters) > 1 or use.weight != 1.0):
+            raise InvalidRequest(
+                f"mix[{i}].adapter",
+                f"{use.handle.name!r} is a DoRA adapter: it scales the base's outputs, so it cannot be weighted or "
+                "added to others; ask for it alone, with weight 1",
+                reason="ADAPTER_NOT_MIXABLE",
+                metadata={"adapter": use.handle.name},
+            )
 
 
 def check_sampling(p: SamplingParams, limits: Limits) -> None:

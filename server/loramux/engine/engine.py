@@ -103,7 +103,7 @@ class Engine:
             request_id=request.request_id,
             cache_salt=request.cache_salt,
             priority=request.priority,
-            mix=len(request.adapters),
+            adapters=request.adapters,
         )
 
     def submit(self, request: Request, sink: Sink) -> None:

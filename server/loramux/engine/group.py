@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loramux.engine.detokenizer import Detokenizer
+from loramux.engine.door import check_mix
 from loramux.engine.kv_cache import cache_root
 from loramux.engine.request import (
     AdapterUse,
@@ -17,7 +18,7 @@ from loramux.engine.request import (
 )
 from loramux.engine.sequence import Sequence, Status
 from loramux.engine.stop_strings import StopScanner
-from loramux.errors import DeadlineExceeded, LoramuxError
+from loramux.errors import DeadlineExceeded, InvalidRequest, LoramuxError
 
 Sink = Callable[[Event], None]
 
@@ -28,6 +29,7 @@ class Group:
 
     `uses` are the request's adapters in canonical order (by uid, then weight): requests for the same mix
     share the prefix cache and add up their branches in the same order, so that they get the same bits.
+    `loading` is set while some adapter was not where the model computes when `observe` last looked.
     """
 
     request: Request
@@ -43,16 +45,12 @@ class Group:
     unfinished: int = 0
     prompt_computed: bool = False
     cached_tokens: int = 0
+    loading: bool = False
     loading_since: float | None = None
     load_seconds: float = 0.0
     first_scheduled: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
-
-    @property
-    def loading(self) -> bool:
-        """Some adapter is not where the model computes yet."""
-        return any(use.handle.weights is None for use in self.uses)
 
     @property
     def running(self) -> bool:
@@ -68,7 +66,10 @@ class Group:
             for use in self.uses:
                 if use.handle.error is not None:
                     return use.handle.error
+            self.loading = is_loading(self.uses)
             self._time_the_load(now)
+            if not self.loading:
+                return self._mix_error()
         return None
 
     def may_start(self, seq: Sequence) -> bool:
@@ -94,6 +95,14 @@ class Group:
             decode=max(0.0, self.last_token - first),
         )
 
+    def _mix_error(self) -> InvalidRequest | None:
+        """The door's error for adapters that were loading when the request came."""
+        try:
+            check_mix(self.request.adapters)
+        except InvalidRequest as error:
+            return error
+        return None
+
     def _time_the_load(self, now: float) -> None:
         if self.loading:
             if self.loading_since is None:
@@ -102,6 +111,11 @@ class Group:
         elif self.loading_since is not None:
             self.load_seconds = now - self.loading_since
             self.loading_since = None
+
+
+def is_loading(uses: Iterable[AdapterUse]) -> bool:
+    """Whether some adapter is not where the model computes yet."""
+    return any(use.handle.weights is None for use in uses)
 
 
 def make_group(
@@ -130,6 +144,7 @@ def make_group(
         ending_ids=p.stop_token_ids if p.ignore_eos else p.stop_token_ids | eos_token_ids,
         arrival=arrival,
         unfinished=p.n,
+        loading=is_loading(uses),
     )
     group.sequences = [
         Sequence(

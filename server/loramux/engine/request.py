@@ -37,8 +37,9 @@ class AdapterHandle(Protocol):
     """What a request holds of an adapter: its lease.
 
     `weights` is None until the adapter is where the model computes and stays there for this request; then it maps site
-    index → LoraWeights and never changes again. `error` is set instead if that cannot be. Both are written once, by
-    one thread, and only read here.
+    index → LoraWeights and never changes again. `error` is set instead if that cannot be. `mixable` says whether it
+    may be weighted and added to others; it is known with the weights, and true before. All are written once, by one
+    thread, and only read here.
     """
 
     @property
@@ -47,6 +48,8 @@ class AdapterHandle(Protocol):
     def uid(self) -> str: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def mixable(self) -> bool: ...
     @property
     def weights(self) -> Mapping[int, Any] | None: ...
     @property

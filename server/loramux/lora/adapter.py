@@ -5,15 +5,15 @@ Knows tensors; not files, names or requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loramux.errors import InvalidAdapter
-from loramux.lora.layout import ALIGN_BYTES, Factors, Layout, Offsets, lay_out
-from loramux.lora.peft_files import AdapterFiles, all_finite
+from loramux.lora.layout import ALIGN_BYTES, Factors, Offsets, lay_out
+from loramux.lora.peft_files import AdapterFiles, SiteFactors, all_finite
 from loramux.ops.segment import AdapterWeights, LoraWeights
 from loramux.ops.site import Site
 
@@ -24,7 +24,7 @@ class Adapter:
 
     buffer   [elements] of the compute dtype: all factors (lora.layout); starts at a 64-byte boundary
     weights  site index → views into the buffer; alpha / r (or alpha / sqrt(r)) is folded into b and bias
-    offsets  int64 [n_sites, 3] on the CPU: where A, B and bias start, in elements; -1 where there is none
+    offsets  int64 [n_sites, 4] on the CPU: where A, B, bias and scale start, in elements; -1 where there is none
     ranks    int32 [n_sites] on the CPU: 0 where the adapter leaves the site alone
     """
 
@@ -55,29 +55,44 @@ class Adapter:
         """Whether the device's memory is the host's."""
         return self.buffer.device.type == "cpu"
 
+    @property
+    def mixable(self) -> bool:
+        """Whether what it adds can be added to what others add: not so for DoRA."""
+        return all(weights.scale is None for weights in self.weights.values())
+
     @classmethod
-    def build(cls, files: AdapterFiles, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> Adapter:
+    def build(
+        cls,
+        files: AdapterFiles,
+        sites: Sequence[Site],
+        device: torch.device,
+        dtype: torch.dtype,
+        dequantize: Callable[[Site], Tensor] | None = None,
+    ) -> Adapter:
         """Lay out, scale and cast on the host, then place with one allocation and one copy.
 
-        Raises InvalidAdapter for a tensor whose scaled numbers do not fit into `dtype`.
+        `dequantize` gives a fresh float32 [out, in] of a site's weight, on any device; only DoRA needs it, and holds
+        one at a time. Raises InvalidAdapter for a tensor whose scaled numbers do not fit into `dtype`.
         """
-        layout = lay_out([Factors(f.site, f.rank, f.bias is not None) for f in files.factors], dtype.itemsize)
+        layout = lay_out([_factors(f) for f in files.factors], dtype.itemsize)
         host = torch.zeros(layout.elements, dtype=dtype)
-        offsets = torch.full((len(sites), 3), -1, dtype=torch.int64)
+        offsets = torch.full((len(sites), 4), -1, dtype=torch.int64)
         ranks = torch.zeros(len(sites), dtype=torch.int32)
         for f in files.factors:
             assert sites[f.site.index] == f.site, "sites are numbered by their place"
             at = layout.offsets[f.site.index]
             views = _views(host, at, f.rank, f.site)
-            views.a.copy_(f.a)
+            views.a.unflatten(1, (-1, f.pooling)).copy_(f.a.unsqueeze(2))
             # The product is taken in fp32, so that the compute dtype rounds once.
             views.b.copy_(f.b.float() * f.scale)
             if views.bias is not None and f.bias is not None:
                 views.bias.copy_(f.bias.float() * f.scale)
-            offsets[f.site.index] = torch.tensor([at.a, at.b, at.bias])
+            if views.scale is not None:
+                assert dequantize is not None, "DoRA needs the base's weights"
+                views.scale.copy_(_dora_scale(f, dequantize(f.site)))
+            _check_finite(f.site, views)
+            offsets[f.site.index] = torch.tensor([at.a, at.b, at.bias, at.scale])
             ranks[f.site.index] = f.rank
-        if not all_finite(host):
-            raise _overflow(files, layout, host)
         buffer = host.to(device)
         assert buffer.data_ptr() % ALIGN_BYTES == 0, "torch allocates at 64-byte boundaries"
         factors = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
@@ -86,25 +101,45 @@ class Adapter:
         return cls(buffer, weights, offsets, ranks, files.digest, targets)
 
 
+def _factors(f: SiteFactors) -> Factors:
+    return Factors(f.site, f.rank, f.bias is not None, f.magnitude is not None)
+
+
+def _dora_scale(f: SiteFactors, weight: Tensor) -> Tensor:
+    """magnitude / ‖W + s·B·A‖, the norm over the inputs: float32 [out]. Overwrites `weight`, which is W [out, in].
+
+    From the factors as the file has them, as PEFT does (tuners/lora/dora.py), not as the compute dtype rounds them.
+    """
+    assert f.magnitude is not None
+    a, b, magnitude = (t.to(weight.device, torch.float32) for t in (f.a, f.b, f.magnitude))
+    norm: Tensor = torch.linalg.vector_norm(weight.addmm_(b, a, alpha=f.scale), dim=1)
+    return magnitude / norm
+
+
 def _views(buffer: Tensor, at: Offsets, rank: int, site: Site) -> LoraWeights:
     rows, columns = site.out_features, site.in_features
     return LoraWeights(
         a=buffer[at.a : at.a + rank * columns].view(rank, columns),
         b=buffer[at.b : at.b + rows * rank].view(rows, rank),
         bias=None if at.bias < 0 else buffer[at.bias : at.bias + rows],
+        scale=None if at.scale < 0 else buffer[at.scale :].view(torch.float32)[:rows],
     )
 
 
-def _overflow(files: AdapterFiles, layout: Layout, host: Tensor) -> InvalidAdapter:
-    """The error for the first tensor with a number that the compute dtype cannot hold."""
-    for f in files.factors:
-        views = _views(host, layout.offsets[f.site.index], f.rank, f.site)
-        for name, tensor in (("lora_A", views.a), ("lora_B", views.b), ("lora_B.bias", views.bias)):
-            if tensor is not None and not all_finite(tensor):
-                return InvalidAdapter(
-                    f"{f.site.name}.{name}",
-                    f"has numbers that do not fit into {host.dtype} once scaled; serve in bfloat16 or float32, or "
-                    "lower lora_alpha",
-                    reason="NOT_FINITE",
-                )
-    raise AssertionError("what lies between the tensors is zero")
+def _check_finite(site: Site, views: LoraWeights) -> None:
+    """Raises InvalidAdapter for the first tensor with a number that its dtype cannot hold."""
+    for name, tensor in (("lora_A", views.a), ("lora_B", views.b), ("lora_B.bias", views.bias)):
+        if tensor is not None and not all_finite(tensor):
+            raise InvalidAdapter(
+                f"{site.name}.{name}",
+                f"has numbers that do not fit into {tensor.dtype} once scaled; serve in bfloat16 or float32, or lower "
+                "lora_alpha",
+                reason="NOT_FINITE",
+            )
+    if views.scale is not None and not all_finite(views.scale):
+        raise InvalidAdapter(
+            f"{site.name}.lora_magnitude_vector",
+            "cannot be divided by the norm of W + s*B*A, which is 0 or too large in some rows; the adapter was trained "
+            "on another base, or the training diverged",
+            reason="NOT_FINITE",
+        )

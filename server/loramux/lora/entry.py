@@ -35,6 +35,8 @@ class LoadedAdapter(Protocol):
     @property
     def weights(self) -> Mapping[int, Any]: ...
     @property
+    def mixable(self) -> bool: ...
+    @property
     def nbytes(self) -> int: ...
     @property
     def digest(self) -> str: ...
@@ -78,6 +80,11 @@ class Lease:
         """Of its files; empty until they have been read for the first time."""
         return self.entry.digest
 
+    @property
+    def mixable(self) -> bool:
+        """Whether it may be weighted and added to others."""
+        return self.entry.mixable
+
 
 @dataclass(slots=True, eq=False)
 class AdapterEntry:
@@ -113,6 +120,7 @@ class AdapterEntry:
     last_used_at: float = 0.0
     load_seconds: float = 0.0
     error: LoramuxError | None = None
+    mixable: bool = True  # known once it is READY
     weights: Mapping[int, Any] | None = None
     loaded: LoadedAdapter | None = None
     hosted: LoadedAdapter | None = None

@@ -10,7 +10,9 @@ from loramux.errors import InvalidAdapter
 from loramux.lora.roots import WEIGHTS_FILE
 from loramux.ops.site import Site
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)")
+# PEFT writes no ".weight" here; files from other hands may have it.
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _PEFT_PREFIX = "base_model.model."
 _HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"})
@@ -18,10 +20,6 @@ _HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte"
 # What a key that is no factor of a linear layer tells, and the way out.
 _REFUSED_KEYS = (
     ("lora_embedding_", "targets an embedding, which all adapters share; train with linear layers only"),
-    (
-        "lora_magnitude_vector",
-        "belongs to DoRA, which is not served yet; merge it, or train with use_dora=false",
-    ),
     (
         "modules_to_save",
         "replaces a module of the base, which all adapters share; train without modules_to_save",
@@ -45,23 +43,33 @@ class FactorKey:
 def parse_key(key: str) -> FactorKey:
     """The parts of a key such as "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
 
-    `part` is "A", "B" or "bias" (of B). PEFT drops the adapter's name ("lora_A.default.weight") when it saves; files
-    written by hand may still have it. Raises InvalidAdapter that names the key.
+    `part` is "A", "B", "bias" (of B) or "magnitude" (of DoRA). PEFT drops the adapter's name ("lora_A.default.weight")
+    when it saves; files written by hand may still have it. Raises InvalidAdapter that names the key.
     """
     for mark, message in _REFUSED_KEYS:
         if mark in key:
             raise _unsupported(key, message)
-    match = _FACTOR.fullmatch(key)
-    if match is None or (match["part"] == "A" and match["kind"] == "bias"):
+    match = _FACTOR.fullmatch(key) or _MAGNITUDE.fullmatch(key)
+    part = match and _part(match)
+    if match is None or part is None:
         raise _unsupported(
             key,
-            "is neither lora_A.weight, lora_B.weight nor lora_B.bias of a linear layer; save the adapter with "
-            "PEFT's save_pretrained(..., save_embedding_layers=False) and without modules_to_save",
+            "is neither lora_A.weight, lora_B.weight, lora_B.bias nor lora_magnitude_vector of a linear layer; save "
+            "the adapter with PEFT's save_pretrained(..., save_embedding_layers=False) and without modules_to_save",
         )
     module = match["module"].removeprefix(_PEFT_PREFIX)
     if module.rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
         raise _unsupported(key, "targets an embedding or the output head, which all adapters share")
-    return FactorKey(key, module, "bias" if match["kind"] == "bias" else match["part"])
+    return FactorKey(key, module, part)
+
+
+def _part(match: re.Match[str]) -> str | None:
+    """What FactorKey calls it; None for a bias of A, which LoRA does not have."""
+    if match.re is _MAGNITUDE:
+        return "magnitude"
+    if match["kind"] == "weight":
+        return match["part"]
+    return "bias" if match["part"] == "B" else None
 
 
 def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, Site]:

@@ -39,8 +39,6 @@ _HONOURED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the ba
 
 # Fields that change what the adapter computes in a way this server does not serve: field → the way out.
 _REFUSED_FIELDS: Mapping[str, str] = {
-    "use_dora": "DoRA is not served yet; merge it into the base, or train with use_dora=false",
-    "use_qalora": "QA-LoRA is not served yet; train with use_qalora=false",
     "modules_to_save": "it replaces whole modules of the base, which all adapters share; train without it",
     "trainable_token_indices": "it changes the embedding, which all adapters share; train without it",
     "layer_replication": "it changes the layers of the base; train on the base as it is served",
@@ -70,6 +68,9 @@ class PeftConfig(BaseModel):
     rank_pattern: PatternTable[int] = PatternTable()
     alpha_pattern: PatternTable[float] = PatternTable()
     lora_bias: bool = False
+    use_dora: bool | None = None
+    use_qalora: bool | None = None
+    qalora_group_size: Any = None  # without use_qalora it has no effect
     init_lora_weights: bool | str | None = True
 
     # Honoured by the tensors: PEFT writes tensors only for what these select, and the tensors are what is loaded.
@@ -83,7 +84,6 @@ class PeftConfig(BaseModel):
     fan_in_fan_out: bool = False
     lora_dropout: Finite = 0.0
     ensure_weight_tying: bool = False
-    qalora_group_size: Any = None
     loftq_config: Any = None
     eva_config: Any = None
     corda_config: Any = None
@@ -100,8 +100,6 @@ class PeftConfig(BaseModel):
 
     # Refused unless unused.
     bias: Literal["none", "all", "lora_only"] = "none"
-    use_dora: Any = None
-    use_qalora: Any = None
     modules_to_save: Any = None
     trainable_token_indices: Any = None
     layer_replication: Any = None
@@ -129,6 +127,11 @@ class PeftConfig(BaseModel):
         """The rank that the config gives `module`, its path in the model that the adapter was trained on."""
         return self.rank_pattern.find(module, self.r)
 
+    @property
+    def pooling(self) -> int:
+        """How many inputs share a column of A."""
+        return int(self.qalora_group_size) if self.use_qalora else 1
+
     def scale_of(self, module: str, rank: int) -> float:
         """The factor of B·A·x (and of B's bias) at `module`, whose tensors have `rank`."""
         alpha = self.alpha_pattern.find(module, self.lora_alpha)
@@ -144,6 +147,7 @@ def parse_config(data: bytes) -> PeftConfig:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
         raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
     _check_method(config)
+    _check_variant(config)
     _check_init(config.init_lora_weights)
     _check_targets(config)
     _check_unknown(config.model_extra or {})
@@ -186,6 +190,29 @@ def _check_method(config: PeftConfig) -> None:
         unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))
         if not unused:
             _refuse(field, f"{_shown(value)} is not served: {way_out}")
+
+
+def _check_variant(config: PeftConfig) -> None:
+    """DoRA and QA-LoRA, as far as PEFT defines them."""
+    if config.use_dora and config.lora_bias:
+        _refuse("lora_bias", "has no meaning with use_dora=true, and PEFT refuses it; train with lora_bias=false")
+    if not config.use_qalora:
+        return
+    if config.use_dora:
+        _refuse("use_qalora", "is not defined together with use_dora, and PEFT refuses it; train with one of the two")
+    if config.lora_bias:
+        _refuse(
+            "lora_bias",
+            "is left out by PEFT when it computes QA-LoRA; set it to false and drop the lora_B.bias tensors, which "
+            "changes no answer",
+        )
+    size = config.qalora_group_size
+    if type(size) is not int or size < 2:
+        _refuse(
+            "qalora_group_size",
+            f"is the number of inputs that were pooled in training, a whole number of at least 2, not {_shown(size)}; "
+            "write the number that the adapter was trained with (PEFT's default is 16)",
+        )
 
 
 def _check_init(value: bool | str | None) -> None:

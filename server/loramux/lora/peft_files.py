@@ -26,14 +26,17 @@ _DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteFactors:
-    """One site's tensors as the file has them: a [r, in], b [out, r], bias [out]; scale not applied."""
+    """One site's tensors as the file has them: a [r, in / pooling], b [out, r], bias and magnitude [out]; `scale` not
+    applied. `pooling` is the number of inputs that share a column of a (QA-LoRA), else 1."""
 
     site: Site
     rank: int
     scale: float
     a: Tensor
     b: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    pooling: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,25 +89,43 @@ def _site_factors(
     config: PeftConfig,
     limits: ReadLimits,
 ) -> SiteFactors:
-    wanted = ["A", "B", "bias"] if config.lora_bias else ["A", "B"]
-    for part in wanted:
-        if part not in parts:
-            name = "lora_B.bias (lora_bias is true)" if part == "bias" else f"lora_{part}.weight"
-            raise InvalidAdapter(module, f"has no {name} in {WEIGHTS_FILE}", reason="CORRUPT_ADAPTER")
-    if "bias" in parts and not config.lora_bias:
-        raise InvalidAdapter(
-            parts["bias"].key,
-            "is a bias, but adapter_config.json does not say lora_bias=true; correct one of the two",
-            reason="CONFIG_MISMATCH",
-        )
+    _check_parts(module, parts, config)
     rank = config.rank_of(module)
-    _check_shapes(site, rank, parts, limits)
+    _check_shapes(site, rank, config.pooling, parts, limits)
     a, b = _tensor(parts["A"], snapshot), _tensor(parts["B"], snapshot)
     bias = _tensor(parts["bias"], snapshot) if "bias" in parts else None
-    return SiteFactors(site, rank, config.scale_of(module, rank), a, b, bias)
+    magnitude = _tensor(parts["magnitude"], snapshot) if "magnitude" in parts else None
+    scale = config.scale_of(module, rank) * _pooled_scale(site, config)
+    return SiteFactors(site, rank, scale, a, b, bias, magnitude, config.pooling)
 
 
-def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limits: ReadLimits) -> None:
+def _pooled_scale(site: Site, config: PeftConfig) -> float:
+    """What each input of a group is multiplied with: PEFT takes their mean, times the number of groups.
+
+    QALoraLinearVariant in PEFT's tuners/lora/variants.py; the paper (Xu et al. 2023, arXiv:2309.14717) differs.
+    """
+    return site.in_features / config.pooling**2 if config.use_qalora else 1.0
+
+
+def _check_parts(module: str, parts: Mapping[str, TensorEntry], config: PeftConfig) -> None:
+    """Raises InvalidAdapter unless the tensors of a module are those that the config says it has."""
+    for part, name in (("A", "lora_A.weight"), ("B", "lora_B.weight")):
+        if part not in parts:
+            raise InvalidAdapter(module, f"has no {name} in {WEIGHTS_FILE}", reason="CORRUPT_ADAPTER")
+    for part, name, field in (("bias", "lora_B.bias", "lora_bias"), ("magnitude", "lora_magnitude_vector", "use_dora")):
+        asked = bool(getattr(config, field))
+        if asked and part not in parts:
+            message = f"has no {name} ({field} is true) in {WEIGHTS_FILE}"
+            raise InvalidAdapter(module, message, reason="CORRUPT_ADAPTER")
+        if part in parts and not asked:
+            raise InvalidAdapter(
+                parts[part].key,
+                f"is there, but adapter_config.json does not say {field}=true; correct one of the two",
+                reason="CONFIG_MISMATCH",
+            )
+
+
+def _check_shapes(site: Site, rank: int, pooling: int, parts: Mapping[str, TensorEntry], limits: ReadLimits) -> None:
     a, b = parts["A"], parts["B"]
     for entry, dims in ((a, 2), (b, 2)):
         if len(entry.shape) != dims or 0 in entry.shape:
@@ -114,7 +135,22 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
                 "before save_pretrained (DeepSpeed ZeRO-3, FSDP)",
                 reason="CORRUPT_ADAPTER",
             )
-    if a.shape[1] != site.in_features:
+    if pooling > 1 and a.shape[1] == site.in_features:
+        raise InvalidAdapter(
+            a.key,
+            f"has a column for each of the {a.shape[1]} inputs, but adapter_config.json says use_qalora=true, which "
+            f"pools {pooling} of them; if the base was not a GPTQ one, PEFT trained plain LoRA: set use_qalora=false",
+            reason="CONFIG_MISMATCH",
+        )
+    if pooling > 1 and a.shape[1] * pooling != site.in_features:
+        raise InvalidAdapter(
+            a.key,
+            f"has {a.shape[1]} columns for groups of {pooling} inputs (qalora_group_size), but {site.name} of this "
+            f"base has {site.in_features} in features; correct qalora_group_size, or load it on the base it was "
+            "trained on",
+            reason="BASE_MISMATCH",
+        )
+    if pooling == 1 and a.shape[1] != site.in_features:
         raise _other_base(a, site, "columns", a.shape[1], "in", site.in_features)
     if b.shape[0] != site.out_features:
         raise _other_base(b, site, "rows", b.shape[0], "out", site.out_features)
@@ -129,12 +165,14 @@ def _check_shapes(site: Site, rank: int, parts: Mapping[str, TensorEntry], limit
             )
     if rank > limits.rank:
         raise InvalidAdapter(a.key, f"has rank {rank}; the limit is {limits.rank}", reason="ADAPTER_TOO_LARGE")
-    if "bias" in parts and parts["bias"].shape != (site.out_features,):
-        raise InvalidAdapter(
-            parts["bias"].key,
-            f"has shape {list(parts['bias'].shape)}, not [{site.out_features}]",
-            reason="BASE_MISMATCH",
-        )
+    for part in ("bias", "magnitude"):
+        if part in parts and parts[part].shape != (site.out_features,):
+            raise InvalidAdapter(
+                parts[part].key,
+                f"has shape {list(parts[part].shape)}, not [{site.out_features}], the out features of {site.name}; the "
+                "adapter was trained on another base",
+                reason="BASE_MISMATCH",
+            )
 
 
 def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str, size: int) -> InvalidAdapter:

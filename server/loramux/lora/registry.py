@@ -177,6 +177,7 @@ class AdapterRegistry:
         entry.max_rank = loaded.max_rank
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
+        entry.mixable = loaded.mixable
         entry.loaded_at = self._clock()
         if entry.state is not State.DRAINING:
             entry.state = State.READY

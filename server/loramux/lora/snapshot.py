@@ -21,8 +21,10 @@ from pathlib import Path
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.header import LENGTH_BYTES, TensorEntry, header_length, parse_header
-from loramux.lora.layout import aligned
+from loramux.lora.layout import SCALE_BYTES, aligned
 from loramux.lora.limits import ReadLimits
+from loramux.lora.matching import parse_key
+from loramux.lora.peft_config import PeftConfig, parse_config
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 
 _CHUNK = 1 << 20
@@ -70,15 +72,24 @@ def folder_digest(folder: Path, limits: ReadLimits) -> str:
 
 
 def measure(folder: Path, item_bytes: int, limits: ReadLimits) -> int:
-    """Bytes that the adapter will take on a device of `item_bytes` a number; reads the header alone.
+    """Bytes that the adapter will take on a device of `item_bytes` a number; reads the config and the header.
 
     Exact for every adapter that can be loaded: each of its tensors is used once and laid out as lora.layout says.
+    Raises InvalidAdapter: as take_snapshot does, and for a config or a tensor that is not served.
     """
-    with _opened(folder, limits) as (_, file):
+    with _opened(folder, limits) as (config_file, file):
+        config = parse_config(config_file.read())
         size = os.fstat(file.fileno()).st_size
         length = header_length(file.read(LENGTH_BYTES), size, limits)
         entries = parse_header(file.read(length), size, limits)
-    return sum(aligned(math.prod(entry.shape) * item_bytes) for entry in entries)
+    return sum(_bytes_on_device(entry, config, item_bytes) for entry in entries)
+
+
+def _bytes_on_device(entry: TensorEntry, config: PeftConfig, item_bytes: int) -> int:
+    """DoRA's magnitude becomes a float32 scale; QA-LoRA's A is expanded."""
+    part = parse_key(entry.key).part
+    pooling = config.pooling if part == "A" else 1
+    return aligned(math.prod(entry.shape) * pooling * (SCALE_BYTES if part == "magnitude" else item_bytes))
 
 
 @contextmanager

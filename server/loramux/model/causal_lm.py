@@ -59,6 +59,7 @@ class CausalLM:
     ) -> None:
         self._skeleton = skeleton
         self._step = step
+        self._linears = tuple(linears)
         self.sites: tuple[Site, ...] = tuple(m.site for m in linears)
         self.device = device
         self.dtype = dtype
@@ -104,6 +105,10 @@ class CausalLM:
             for cache in self._step.caches.values()
             for t in (cache.keys, cache.values)
         )
+
+    def dequantize(self, site: Site) -> Tensor:
+        """A fresh float32 [out_features, in_features] of a site's weight, on the model's device. Any thread may ask."""
+        return self._linears[site.index].dequantize()
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> None:
         """Replace the cache by one of `num_blocks` blocks of `block_size` tokens."""

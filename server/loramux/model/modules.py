@@ -29,6 +29,11 @@ class SiteLinear(nn.Module):
         assert self.group is not None
         return self.group.output(self.place, x)
 
+    def dequantize(self) -> Tensor:
+        """A fresh float32 [out_features, in_features] of the NF4 weight. Any thread may call it."""
+        assert self.group is not None
+        return self.group.linear.dequantize(self.place)
+
     def extra_repr(self) -> str:
         return f"{self.site.name}, {self.in_features} → {self.out_features}, nf4"
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from loramux.ops.nf4 import NF4Weight
@@ -51,6 +52,10 @@ class Linear(ABC):
     def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
         """x [T, K] → [T, N_p] for each part, in x's dtype; see `Backend.linear`."""
 
+    @abstractmethod
+    def dequantize(self, part: int) -> Tensor:
+        """A fresh float32 [N, K] of one part: to the bit the weight that `Backend.prepare` was given."""
+
 
 class Backend(ABC):
     """Operations on flat batches: x is [T, features], without padding. Nothing given is written to, but caches."""
@@ -67,10 +72,11 @@ class Backend(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor, parts: Sequence[LinearPart], segments: Sequence[SiteSegment]) -> tuple[Tensor, ...]:
-        """y_p = W_p·x + bias_p + Σ weight·(B_p·(A_p·x) + lora_bias_p) for each part p.
+        """y_p = scale_p ⊙ (W_p·x + Σ weight·(B_p·(A_p·x) + lora_bias_p)) + bias_p for each part p.
 
         x [T, K] in float32, bfloat16 or float16; each y_p [T, N_p] in x's dtype. The parts share x (q/k/v, gate/up).
-        The sum runs over the segments that cover the row; a row that none covers gets the base alone.
+        The sum runs over the segments that cover the row; a row that none covers gets the base alone. The scale is
+        that of the segment that covers the row, and 1 without one.
         """
 
     @abstractmethod
@@ -92,6 +98,9 @@ class PlainLinear(Linear):
         self._sites = tuple(sites)
         self.nbytes = sum(part.weight.nbytes for part in parts)
         self.numel = sum(part.weight.numel for part in parts)
+
+    def dequantize(self, part: int) -> Tensor:
+        return self._parts[part].weight.dequantize(torch.float32)
 
     def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
         bound = []

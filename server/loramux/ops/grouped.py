@@ -25,13 +25,16 @@ class GroupedBackend(Backend):
         outputs = tuple(F.linear(x, part.weight.dequantize(x.dtype), part.bias) for part in parts)
         for segment in segments:
             rows = x[segment.start : segment.stop]
-            for y, lora in zip(outputs, segment.parts, strict=True):
+            for y, part, lora in zip(outputs, parts, segment.parts, strict=True):
                 if lora is None:
                     continue
                 target = y[segment.start : segment.stop]
                 target.addmm_(rows @ lora.a.T, lora.b.T, alpha=segment.weight)
                 if lora.bias is not None:
                     target.add_(lora.bias, alpha=segment.weight)
+                if lora.scale is not None:
+                    bias = 0.0 if part.bias is None else part.bias.float()
+                    target.copy_((target.float() - bias) * lora.scale + bias)
         return outputs
 
     def attention(

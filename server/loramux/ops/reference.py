@@ -36,8 +36,6 @@ class ReferenceBackend(Backend):
         outputs = []
         for p, part in enumerate(parts):
             y = rows @ dequantize(part.weight).T
-            if part.bias is not None:
-                y = y + part.bias.float()
             for segment in segments:
                 lora = segment.parts[p]
                 if lora is None:
@@ -46,6 +44,10 @@ class ReferenceBackend(Backend):
                 if lora.bias is not None:
                     delta = delta + lora.bias.float()
                 y[segment.start : segment.stop] += segment.weight * delta
+                if lora.scale is not None:
+                    y[segment.start : segment.stop] *= lora.scale
+            if part.bias is not None:
+                y = y + part.bias.float()
             outputs.append(y.to(x.dtype))
         return tuple(outputs)
 

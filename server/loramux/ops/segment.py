@@ -10,15 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraWeights:
-    """One adapter's factors at one site. The scale is already folded into `b` (and into `bias`).
+    """One adapter's factors at one site. alpha / r is already folded into `b` (and into `bias`).
 
     a: [r, in_features], b: [out_features, r], bias: [out_features] or None; all of one dtype (the compute dtype),
     on the model's device, contiguous views into the adapter's one flat buffer. Never written to.
+
+    scale: float32 [out_features] or None: what the outputs are multiplied with, the base's included, its bias not
+    (DoRA, Liu et al. 2024, arXiv:2402.09353: magnitude / norm).
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +30,7 @@ class AdapterWeights(Mapping[int, LoraWeights]):
     """All factors of one adapter: a mapping site index → LoraWeights, and where they lie, for native kernels.
 
     buffer   [elements] one allocation in the compute dtype that `views` look into
-    offsets  int64 [n_sites, 3] on the CPU: elements where A, B and bias begin; -1 where there is none
+    offsets  int64 [n_sites, 4] on the CPU: elements where A, B, bias and scale begin; -1 where there is none
     ranks    int32 [n_sites] on the CPU: 0 where the adapter leaves the site alone
     """
 
@@ -50,7 +54,8 @@ class Segment:
     """Rows start ≤ row < stop of a flat batch get `weight` times this adapter's branch.
 
     `sites` maps a site's index to its factors; a site that is missing is not changed. Segments may overlap (a mix)
-    and rows may be in none (the base). Segments are sorted by start.
+    and rows may be in none (the base). Segments are sorted by start. One with a scale (DoRA) overlaps no other: what
+    it does to the base's outputs cannot be added up.
     """
 
     start: int

@@ -149,7 +149,7 @@ class Admission:
             request_id=message.request_id,
             cache_salt=message.cache_salt,
             priority=priority,
-            mix=len(adapters),
+            adapters=adapters,
             prompt_field=convert.input_field(message),
         )
         return Request(

@@ -33,15 +33,24 @@ class NativeSegments(BoundSegments):
 class NativeLinear(Linear):
     """Parts in tile order, and their addresses in one tensor (the words of `Part` in linear.h)."""
 
-    def __init__(self, words: list[list[int]], keep: list[object], nbytes: int, numel: int) -> None:
+    def __init__(
+        self, words: list[list[int]], weights: Sequence[PackedNF4 | Tensor], biases: Sequence[Tensor | None]
+    ) -> None:
+        """`words` hold the addresses of the weights, NF4 or dense, and of their float32 biases."""
         self.words = words
         self._plan = torch.tensor(words, dtype=torch.int64)
-        self._keep = keep
+        self._weights = tuple(weights)
+        self._biases = tuple(biases)
         self._bounds = [(row[10], row[10] + row[8]) for row in words]
         self.width = self._bounds[-1][1]
         self.parts = len(words)
-        self.nbytes = nbytes
-        self.numel = numel
+        packed = [weight for weight in weights if isinstance(weight, PackedNF4)]
+        self.nbytes = sum(weight.nbytes for weight in packed)
+        self.numel = sum(weight.n * weight.k for weight in packed)
+
+    def dequantize(self, part: int) -> Tensor:
+        weight = self._weights[part]
+        return weight.unpack().dequantize(torch.float32) if isinstance(weight, PackedNF4) else weight.float()
 
     def run(self, x: Tensor, segments: BoundSegments) -> Tensor:
         """x [T, K] → [T, ΣN], the parts side by side."""
@@ -148,8 +157,9 @@ class NativeBackend(Backend):
         if any(part.weight.shape[1] % BLOCK_SIZE for part in parts):
             return super().prepare(parts, sites)
         words: list[list[int]] = []
-        keep: list[object] = []
-        nbytes, column = 0, 0
+        weights: list[PackedNF4] = []
+        biases: list[Tensor | None] = []
+        column = 0
         for part, site in zip(parts, sites, strict=True):
             packed = PackedNF4.pack(part.weight, vectors=self.isa != "amx")
             bias = None if part.bias is None else part.bias.float().contiguous()
@@ -169,10 +179,10 @@ class NativeBackend(Backend):
                     column,
                 ]
             )
-            keep += [packed, bias]
-            nbytes += packed.nbytes
+            weights.append(packed)
+            biases.append(bias)
             column += packed.n
-        return NativeLinear(words, keep, nbytes, sum(part.weight.numel for part in parts))
+        return NativeLinear(words, weights, biases)
 
     def prepare_dense(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | None:
         """A dense bfloat16 [N, K] layer that no adapter changes (lm_head); None if it cannot be taken."""
@@ -181,7 +191,7 @@ class NativeBackend(Backend):
         held = None if bias is None else bias.float().contiguous()
         address = 0 if held is None else held.data_ptr()
         words = [[0, weight.data_ptr(), 0, 0, 0, 0, address, 0, weight.shape[0], -1, 0]]
-        return NativeLinear(words, [weight, held], 0, 0)
+        return NativeLinear(words, [weight], [held])
 
     def bind(self, segments: tuple[Segment, ...]) -> BoundSegments:
         if not segments:

@@ -1,4 +1,4 @@
-// y_p = W_p·x + bias_p + Σ weight·(B·(A·x) + lora_bias), for parts p that share x. See linear_tiles.cpp and linear_vectors.cpp.
+// y_p = scale ⊙ (W_p·x + Σ weight·(B·(A·x) + lora_bias)) + bias_p, for parts p that share x. See linear_tiles.cpp and linear_vectors.cpp.
 #pragma once
 
 #include <cstdint>
@@ -29,14 +29,24 @@ struct Part {
   int64_t column;  // where its outputs begin in a row of y
 };
 
-// Rows start ≤ m < stop get `weight` times an adapter's branch. The adapter is one buffer of bf16: offsets[site][3] are
-// the elements where A [r, k], B [n, r] and the bias [n] begin, -1 where there is none; ranks[site] is r.
+// Rows start ≤ m < stop get `weight` times an adapter's branch. The adapter is one buffer of bf16: offsets[site][4] are
+// the elements where A [r, k], B [n, r], the bias [n] and the scale [n] (of floats; DoRA) begin, -1 where there is none;
+// ranks[site] is r. A segment with a scale shares no row with another.
 struct Segment {
   int64_t start, stop;
   float weight;
   const bf16* buffer;
   const int64_t* offsets;
   const int32_t* ranks;
+
+  bool changes(int64_t site) const { return start < stop && site >= 0 && ranks[site] != 0; }
+  const bf16* a(int64_t site) const { return buffer + offsets[4 * site]; }
+  const bf16* b(int64_t site) const { return buffer + offsets[4 * site + 1]; }
+  const bf16* bias(int64_t site) const { return optional(offsets[4 * site + 2]); }
+  const float* scale(int64_t site) const { return reinterpret_cast<const float*>(optional(offsets[4 * site + 3])); }
+
+ private:
+  const bf16* optional(int64_t at) const { return at < 0 ? nullptr : buffer + at; }
 };
 
 struct LinearCall {

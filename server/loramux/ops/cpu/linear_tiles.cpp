@@ -7,7 +7,8 @@
 // NF4 is expanded into bf16(table[code]·absmax), the very values that bitsandbytes dequantizes to, by one look-up a zmm
 // in a table that is scaled once for each 64 weights. Nothing is expanded that is not multiplied at once.
 //
-// Order of summation, whatever m is: inputs in ascending order, then the adapters' branches in segment order.
+// Order of summation, whatever m is: inputs in ascending order, then the adapters' branches in segment order, then their
+// biases, a scale, and the base's bias.
 
 #include "linear.h"
 
@@ -73,6 +74,7 @@ struct Branch {
   const bf16* a;
   const bf16* b;
   const bf16* bias;
+  const float* scale;
   int64_t rank, start, stop, first_tile, last_tile;  // rows, and the row tiles that hold them
   float weight;
   // [row tiles][2][ceil(rank/32)] tiles: A·x packed like x, as the sum of two bf16, for a rounded A·x would cost more
@@ -164,7 +166,7 @@ void up(const Job& job, int64_t p, int64_t n, int64_t tile0, int64_t m0, const b
   }
 }
 
-// Writes one accumulator to y as bf16, with the biases added in float32.
+// Writes one accumulator to y as bf16, with the biases added and the scale applied in float32.
 void finish(const Job& job, int64_t p, int64_t tile, int64_t row_tile, const float* sums) {
   const LinearCall& c = job.c;
   const Part& part = c.parts[p];
@@ -175,13 +177,16 @@ void finish(const Job& job, int64_t p, int64_t tile, int64_t row_tile, const flo
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t m = row_tile * kTile + r;
     float* line = lines + r * kTile;
-    if (part.bias != nullptr)
-      for (int64_t n = 0; n < outputs; ++n) line[n] += part.bias[tile * kTile + n];
     for (int64_t i = 0; i < job.num_branches; ++i) {
       const Branch& branch = job.branches[i];
-      if (branch.part == p && branch.bias != nullptr && m >= branch.start && m < branch.stop)
+      if (branch.part != p || m < branch.start || m >= branch.stop) continue;
+      if (branch.bias != nullptr)
         for (int64_t n = 0; n < outputs; ++n) line[n] += branch.weight * to_float(branch.bias[tile * kTile + n]);
+      if (branch.scale != nullptr)
+        for (int64_t n = 0; n < outputs; ++n) line[n] *= branch.scale[tile * kTile + n];
     }
+    if (part.bias != nullptr)
+      for (int64_t n = 0; n < outputs; ++n) line[n] += part.bias[tile * kTile + n];
     bf16* y = c.y + m * c.y_stride + part.column + tile * kTile;
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(line));
     if (outputs == kTile) {
@@ -320,14 +325,11 @@ void linear_amx(Pool& pool, const LinearCall& call) {
   int64_t elements = 0;
   for (int64_t s = 0; s < call.num_segments; ++s) {
     const Segment& segment = call.segments[s];
-    if (segment.start >= segment.stop) continue;
     for (int64_t p = 0; p < call.num_parts; ++p) {
       const int64_t site = call.parts[p].site;
-      const int64_t* at = segment.offsets + 3 * site;
-      const int64_t rank = site < 0 ? 0 : segment.ranks[site];
-      if (rank == 0) continue;
+      if (!segment.changes(site)) continue;
       Branch& branch = job.branches[job.num_branches++];
-      branch = {segment.buffer + at[0], segment.buffer + at[1], at[2] < 0 ? nullptr : segment.buffer + at[2], rank,
+      branch = {segment.a(site), segment.b(site), segment.bias(site), segment.scale(site), segment.ranks[site],
                 segment.start, segment.stop, segment.start / kTile, (segment.stop - 1) / kTile, segment.weight, nullptr, p};
       elements += (branch.last_tile - branch.first_tile + 1) * 2 * branch.depth() * kElements;
     }

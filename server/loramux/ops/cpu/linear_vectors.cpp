@@ -8,7 +8,7 @@
 // their rows, as dot products, where they lie. Either way the result does not depend on the number of rows.
 //
 // Order of summation: a block of 64 inputs exactly, blocks in ascending order, then the adapters' branches in segment
-// order. Dot products: in eight lanes, sixteen elements at a time, then `sums`.
+// order, then a scale, then the base's bias. Dot products: in eight lanes, sixteen elements at a time, then `sums`.
 
 #include <cmath>
 #include <limits>
@@ -279,6 +279,7 @@ struct Branch {
   const bf16* a;
   const bf16* b;
   const bf16* bias;
+  const float* scale;
   int64_t rank, start, stop;  // rows start ≤ m < stop
   float weight;
   float* h;  // weight·(A·x), [stop - start][width] in lanes, zero past the rank
@@ -425,7 +426,7 @@ void multiply_row(const Job& job, const Part& part, int64_t tile, const Buffers&
     for (int half = 0; half < 2; ++half) _mm256_store_ps(b.totals + t * kTile + half * 8, total[t][half]);
 }
 
-// Adds the branches and biases of rows begin ≤ m < end to a tile's totals, and writes them to y.
+// Adds the branches, scales and biases of rows begin ≤ m < end to a tile's totals, and writes them to y.
 void finish(const Job& job, int64_t p, int64_t tile, int64_t begin, int64_t end, float* totals) {
   const LinearCall& c = job.c;
   const Part& part = c.parts[p];
@@ -439,6 +440,9 @@ void finish(const Job& job, int64_t p, int64_t tile, int64_t begin, int64_t end,
       for (int64_t m = from; m < to; ++m)
         for (int64_t n = 0; n < outputs; ++n)
           totals[(m - begin) * kTile + n] += branch.weight * to_float(branch.bias[tile * kTile + n]);
+    if (branch.scale != nullptr)
+      for (int64_t m = from; m < to; ++m)
+        for (int64_t n = 0; n < outputs; ++n) totals[(m - begin) * kTile + n] *= branch.scale[tile * kTile + n];
   }
   for (int64_t m = begin; m < end; ++m) {
     float* total = totals + (m - begin) * kTile;
@@ -524,13 +528,11 @@ void LORAMUX_JOIN(linear_, LORAMUX_SET)(Pool& pool, const LinearCall& call) {
     (call.parts[p].dense != nullptr ? dense : nf4) = true;
     part_branches[p] = count;
     const int64_t site = call.parts[p].site;
-    if (site < 0) continue;
     for (int64_t s = 0; s < call.num_segments; ++s) {
       const Segment& segment = call.segments[s];
-      const int64_t rank = segment.ranks[site], *at = segment.offsets + 3 * site;
-      if (segment.start >= segment.stop || rank == 0) continue;
-      branches[count++] = {segment.buffer + at[0], segment.buffer + at[1], at[2] < 0 ? nullptr : segment.buffer + at[2],
-                           rank, segment.start, segment.stop, segment.weight, nullptr};
+      if (!segment.changes(site)) continue;
+      branches[count++] = {segment.a(site), segment.b(site), segment.bias(site), segment.scale(site),
+                           segment.ranks[site], segment.start, segment.stop, segment.weight, nullptr};
       elements += (segment.stop - segment.start) * branches[count - 1].width();
     }
   }

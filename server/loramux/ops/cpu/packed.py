@@ -22,6 +22,7 @@ class PackedNF4:
     absmax       uint8 (float32 without double quantization) [tiles, k/64, 16]
     group_scale  float32 [groups + 16], empty without double quantization
     table        float32 [256], shared by all weights; empty without double quantization
+    values       float32 [16], NF4's own table, shared by all weights
     """
 
     n: int
@@ -30,7 +31,9 @@ class PackedNF4:
     absmax: Tensor
     group_scale: Tensor
     table: Tensor
+    values: Tensor
     offset: float
+    vectors: bool
 
     @classmethod
     def pack(cls, weight: NF4Weight, *, vectors: bool) -> PackedNF4:
@@ -51,7 +54,24 @@ class PackedNF4:
             absmax=absmax.view(tiles, TILE, blocks).permute(0, 2, 1).contiguous(),
             group_scale=_padded(weight.nested_absmax) if weight.nested_absmax is not None else torch.empty(0),
             table=_shared_table(weight.nested_table) if weight.nested_table is not None else torch.empty(0),
+            values=_shared_table(weight.table),
             offset=float(weight.offset) if double and weight.offset is not None else 0.0,
+            vectors=vectors,
+        )
+
+    def unpack(self) -> NF4Weight:
+        """The weight that was packed, to the bit; in memory of its own but for the tables."""
+        codes = (_of_inputs if self.vectors else _of_rows)(self.codes).reshape(-1, self.k)[: self.n].reshape(-1, 2)
+        absmax = self.absmax.permute(0, 2, 1).reshape(-1, self.k // BLOCK_SIZE)[: self.n].flatten()
+        double = self.table.numel() != 0
+        return NF4Weight(
+            shape=(self.n, self.k),
+            codes=(codes[:, 0] << 4) | codes[:, 1],
+            absmax=absmax,
+            table=self.values,
+            nested_absmax=self.group_scale[:-_SLACK] if double else None,
+            nested_table=self.table if double else None,
+            offset=torch.tensor(self.offset) if double else None,
         )
 
     @property
@@ -67,6 +87,12 @@ def _by_rows(codes: Tensor) -> Tensor:
     return packed
 
 
+def _of_rows(packed: Tensor) -> Tensor:
+    """Inverse of `_by_rows`."""
+    codes: Tensor = torch.stack((packed >> 4, packed & 15), dim=3).flatten(3).transpose(1, 2)
+    return codes
+
+
 def _by_inputs(codes: Tensor) -> Tensor:
     """[tiles, 16, blocks, 64] → [tiles, blocks, 16, 32], four inputs in each 32 bytes.
 
@@ -76,6 +102,13 @@ def _by_inputs(codes: Tensor) -> Tensor:
     low, high = split.permute(6, 0, 4, 5, 2, 1, 3, 7)  # d; tile, block, q, a, b, c, e
     packed: Tensor = (low | (high << 4)).flatten(3).contiguous()
     return packed
+
+
+def _of_inputs(packed: Tensor) -> Tensor:
+    """Inverse of `_by_inputs`."""
+    split = torch.stack((packed & 15, packed >> 4)).unflatten(4, (2, 2, 4, 2))  # d, tile, block, q, a, b, c, e
+    codes: Tensor = split.permute(1, 5, 4, 6, 2, 3, 0, 7).reshape(packed.shape[0], TILE, packed.shape[1], BLOCK_SIZE)
+    return codes
 
 
 def _padded(scales: Tensor) -> Tensor:
