@@ -156,7 +156,8 @@ def show_hotswap(summary: Mapping[str, Any]) -> None:
     err.print(table)
     rates = ", ".join(f"{rate:.1f} {kind}" for kind, rate in summary["per_minute"].items())
     err.print(
-        f"p99 ratio {summary['itl_p99_ratio']:.2f}; {summary['completed']:,} answers; operations a minute: {rates}"
+        f"p99 ratio {summary['itl_p99_ratio']:.2f}; {summary['completed']:,} answers; operations a minute: {rates}",
+        soft_wrap=True,
     )
     for what, count in summary["errors"].items():
         err.print(f"[red]✗ {what}: {count}")

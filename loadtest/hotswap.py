@@ -67,7 +67,9 @@ class SwapLog:
             "completed": self.completed,
             "failed": self.failures.total(),
             "errors": dict(self.failures),
-            "per_minute": {kind: 60.0 * n / max(self.busy_seconds, 1e-9) for kind, n in self.operations.items()},
+            "per_minute": {
+                kind: round(60.0 * n / max(self.busy_seconds, 1e-9), 1) for kind, n in self.operations.items()
+            },
         }
 
 

@@ -19,6 +19,7 @@ from loadtest.commands.peers import warn_if_busy
 from loadtest.console import err, progress, show_hotswap, show_registered
 from loadtest.hotswap import HotSwap, SwapLog, SwapSpec
 from loadtest.registered import Popularity, registered_run
+from loadtest.report import rounded
 from loadtest.server_process import ServerAddress, serve
 from loadtest.shapes import linear_shapes, read_config
 from loadtest.target import Target
@@ -203,7 +204,7 @@ def hotswap(model: str, written: list[Path], work: Path, seconds: float, seed: i
     show_hotswap(summary)
     return [
         line("hotswap_itl_p99_ratio", [summary["itl_p99_ratio"]], "times that without operations"),
-        {"bench": "hotswap_failed", "value": summary["failed"], "unit": "requests and operations", **summary},
+        {"bench": "hotswap_failed", "value": summary["failed"], "unit": "requests and operations", **rounded(summary)},
     ]
 
 

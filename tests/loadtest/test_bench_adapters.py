@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from loadtest.adapters import CONFIG_FILE, WEIGHTS_FILE, link_adapters
+from loadtest.cli import main
 from loadtest.commands.bench_adapters import registered_lines, write_distinct
 from loadtest.console import show_hotswap, show_registered
 from loadtest.hotswap import HotSwap, SwapLog, SwapSpec
@@ -128,6 +130,26 @@ def test_ratios_are_of_runs_that_followed_one_another(capsys: pytest.CaptureFixt
     assert lines["registered_2000_uniform"]["failed"] == 6
     show_registered({popularity.name: runs for popularity, runs in summaries.items()})
     assert "registered_2000_uniform: 6 failed with UNAVAILABLE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("failed", "status"), [(0, 0), (1, 1)])
+def test_a_failure_anywhere_ends_with_1_after_all_lines(
+    failed: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark in CI that ends with 0 while requests fail is a benchmark of refusals."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY))
+    command = "loadtest.commands.bench_adapters"
+    monkeypatch.setattr(f"{command}.registered", lambda *_: [{"bench": "registered_5_zipf", "failed": failed}])
+    monkeypatch.setattr(f"{command}.hotswap", lambda *_: [{"bench": "hotswap_failed", "failed": 0}])
+    options = ["--model", str(config), "--distinct", "8", "--scratch", str(tmp_path / "scratch")]
+    monkeypatch.setattr(sys, "argv", ["loadtest", "bench-adapters", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status
+    lines = [json.loads(text)["bench"] for text in capsys.readouterr().out.splitlines()]
+    assert lines == ["registered_5_zipf", "hotswap_failed"]
+    assert [path.name for path in (tmp_path / "scratch").iterdir() if path.name.startswith("run-")] == []
 
 
 # Hot swap.
