@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak gpu-check stubs clean
+.PHONY: help demo test lint bench bench-adapters soak gpu-check stubs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Serve the embedded model with every shipped adapter and send one mixed batch
 	$(BIN)/loramux demo
@@ -23,6 +23,9 @@ lint: $(VENV)/.test ## Run the linters and the type checker
 
 bench: $(VENV)/.test ## Measure operations, the served workload and PEFT; BENCH="--runs 3 --only kernels" passes options
 	$(BIN)/python -m loadtest bench $(BENCH)
+
+bench-adapters: $(VENV)/.demo ## Measure 2,000 registered adapters against 5, and hot swaps under streams; BENCH="--runs 1" passes options
+	$(BIN)/python -m loadtest bench-adapters $(BENCH)
 
 soak: $(VENV)/.demo ## 10,000 adapter loads and unloads under traffic; then once more with a leak seeded, which must fail
 	$(BIN)/python -m loadtest soak --serve

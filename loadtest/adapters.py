@@ -71,6 +71,23 @@ def write_adapters(
     return folders
 
 
+def link_adapters(root: Path, folders: Sequence[Path], *, count: int, prefix: str = "a-") -> list[Path]:
+    """Make `count` folders named `prefix`00000 … under `root`, in turn of each of `folders`; weights are hard links.
+
+    So thousands take the disk, and the page cache, of a few; digests repeat. All on one file system, and before a
+    server looks: a later link changes a file's status time, and the server takes that for a change of the adapter.
+    """
+    linked = []
+    for index in range(count):
+        source = folders[index % len(folders)]
+        folder = root / f"{prefix}{index:05d}"
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS_FILE).hardlink_to(source / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_bytes((source / CONFIG_FILE).read_bytes())
+        linked.append(folder)
+    return linked
+
+
 def hash_seed(seed: int, index: int) -> int:
     """Return a seed of its own for each (seed, index): neighbours share no stream."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])

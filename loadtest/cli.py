@@ -10,6 +10,7 @@ from loramux.errors import LoramuxError
 from loadtest.bench import NotEnoughAdapters
 from loadtest.commands.adapters import adapters
 from loadtest.commands.bench import run_bench
+from loadtest.commands.bench_adapters import run_bench_adapters
 from loadtest.commands.peers import compare, peft
 from loadtest.commands.run import run
 from loadtest.commands.soak import soak
@@ -32,6 +33,7 @@ app.command()(run)
 app.command()(soak)
 app.command()(compare)
 app.command(name="bench")(run_bench)
+app.command(name="bench-adapters")(run_bench_adapters)
 peers.command()(peft)
 app.add_typer(peers, name="peers")
 

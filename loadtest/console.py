@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -113,6 +114,53 @@ def ahead(ours: float, peers: Mapping[str, float]) -> str:
     """Return the best of the peers and its rate over ours, if that is more than ours."""
     best = max(peers, key=lambda peer: peers[peer], default=None)
     return f"{best}, {peers[best] / ours:.2f} ×" if best is not None and peers[best] > ours else ""
+
+
+def show_registered(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Show medians of runs by popularity; failures are of all runs."""
+    table = Table(title="registered adapters, medians; hits are where adapters were", title_justify="left")
+    table.add_column("")
+    for name in found:
+        table.add_column(name.removeprefix("registered_"), justify="right", no_wrap=True)
+    rows = {
+        "output tokens/s": ("output_throughput", ".1f"),
+        "adapters used": ("distinct_adapters", ".0f"),
+        "hits on the device, %": ("hit_device_percent", ".1f"),
+        "hits in host memory, %": ("hit_host_percent", ".1f"),
+        "read from disk, %": ("hit_disk_percent", ".1f"),
+        "evictions": ("evictions", ".0f"),
+        "loads": ("loads", ".0f"),
+        "load, mean ms": ("mean_load_ms", ".1f"),
+        "first token, median ms": ("median_ttft_ms", ".0f"),
+        "first token, p99 ms": ("p99_ttft_ms", ".0f"),
+        "driver's lag, p99 ms": ("driver_lag_ms_p99", ".1f"),
+    }
+    for title, (key, form) in rows.items():
+        table.add_row(title, *(f"{median(s[key] for s in summaries):,{form}}" for summaries in found.values()))
+    failed = [sum(summary["failed"] for summary in summaries) for summaries in found.values()]
+    table.add_row("failures", *map(str, failed), style="red" if any(failed) else "")
+    err.print(table)
+    for name, summaries in found.items():
+        for status, count in sum((Counter(s["errors"]) for s in summaries), Counter[str]()).items():
+            err.print(f"[red]✗ {name}: {count} failed with {status}")
+
+
+def show_hotswap(summary: Mapping[str, Any]) -> None:
+    """Show gaps between tokens with and without operations, and what failed."""
+    table = Table(title="hot swap: between tokens, ms", title_justify="left")
+    for column in ("", "median", "p99", "max", "gaps"):
+        table.add_column(column, justify="right" if column else "left")
+    for title, kind in (("without operations", "quiet"), ("with operations", "busy")):
+        shown = [f"{summary[f'{kind}_{p}_itl_ms']:,.1f}" for p in ("p50", "p99", "max")]
+        table.add_row(title, *shown, f"{summary[f'{kind}_gaps']:,}")
+    err.print(table)
+    rates = ", ".join(f"{rate:.1f} {kind}" for kind, rate in summary["per_minute"].items())
+    err.print(
+        f"p99 ratio {summary['itl_p99_ratio']:.2f}; {summary['completed']:,} answers; operations a minute: {rates}",
+        soft_wrap=True,
+    )
+    for what, count in summary["errors"].items():
+        err.print(f"[red]✗ {what}: {count}")
 
 
 def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:

@@ -32,11 +32,26 @@ def parse_metrics(page: str) -> dict[str, float]:
     return dict(totals)
 
 
-async def scrape(url: str) -> dict[str, float]:
-    """Fetch and parse a metrics page. Raises OSError when it cannot be had within 10 seconds."""
+def parse_label(page: str, sample_name: str, label: str) -> dict[str, float]:
+    """Return one sample's values by one of its labels."""
+    return {
+        sample.labels[label]: sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == sample_name
+    }
+
+
+async def fetch_page(url: str) -> str:
+    """Fetch a metrics page. Raises OSError when it cannot be had within 10 seconds."""
 
     def fetch() -> str:
         with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310  the operator's own URL
             return str(response.read().decode())
 
-    return parse_metrics(await asyncio.to_thread(fetch))
+    return await asyncio.to_thread(fetch)
+
+
+async def scrape(url: str) -> dict[str, float]:
+    """Fetch and parse a metrics page. Raises OSError when it cannot be had within 10 seconds."""
+    return parse_metrics(await fetch_page(url))

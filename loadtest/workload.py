@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-Spread = Literal["even", "zipf"]
+Spread = Literal["even", "uniform", "zipf"]
 SPREADS: tuple[Spread, ...] = get_args(Spread)
 WARMUP_OUTPUT_LEN = 8
 
@@ -101,11 +101,12 @@ def spread_adapters(count: int, names: Sequence[str], spread: Spread, rng: np.ra
     """Return an adapter for each request; "" (the base) for all when there are no names.
 
     "even" goes round and round, so any len(names) requests in a row name every adapter: the hardest batch
-    for a server. "zipf" draws the k-th name with probability ∝ 1/k: a few adapters take most of the traffic.
+    for a server. "uniform" draws any name as often as any other: the hardest traffic for a cache. "zipf" draws the
+    k-th name with probability ∝ 1/k: a few adapters take most of the traffic.
     """
     if not names:
         return [""] * count
     if spread == "even":
         return [names[i % len(names)] for i in range(count)]
-    odds = 1.0 / np.arange(1, len(names) + 1)
+    odds = np.ones(len(names)) if spread == "uniform" else 1.0 / np.arange(1, len(names) + 1)
     return [names[i] for i in rng.choice(len(names), count, p=odds / odds.sum())]

@@ -33,6 +33,7 @@ class Spread(StrEnum):
     """How requests choose adapters."""
 
     even = "even"
+    uniform = "uniform"
     zipf = "zipf"
 
 
@@ -61,7 +62,9 @@ def run(
     output_len: OutputLen = 64,
     ignore_eos: Annotated[bool, typer.Option(help="Answers have exactly --output-len tokens.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    spread: Annotated[Spread, typer.Option(help="even: in turn; zipf: few adapters take most.")] = Spread.even,
+    spread: Annotated[
+        Spread, typer.Option(help="even: in turn; uniform: by chance; zipf: few adapters take most.")
+    ] = Spread.even,
     warmup: Annotated[int, typer.Option(min=0, help="Requests before the clock starts.")] = 4,
     seed: SeedOption = 0,
     allow_failures: Annotated[bool, typer.Option(help="Exit with 0 although requests failed.")] = False,

@@ -95,6 +95,7 @@ async def test_no_server_is_a_sentence() -> None:
         ("adapters --out /nowhere --model no-such-model", "'no-such-model'"),
         ("adapters --out /nowhere --rank 16,x", "a rank is a whole number"),
         ("adapters --out /nowhere --targets w_proj", "'w_proj'"),
+        ("bench-adapters --distinct 10", "--distinct takes a multiple of 4"),
         ("soak --seed-leak", "--seed-leak needs --serve"),
         ("soak", "give --serve, or --adapter-dir"),
         ("peers peft --adapter-dir /nowhere", "no adapters under /nowhere"),

@@ -54,6 +54,14 @@ def test_zipf_prefers_the_first_names() -> None:
     assert counts["a"] / counts["h"] == pytest.approx(8, rel=0.4)
 
 
+def test_uniform_prefers_no_name_and_keeps_no_order() -> None:
+    spec = replace(SPEC, num_prompts=3000, adapters=tuple("abcdefgh"), spread="uniform")
+    names = [request.adapter for request in plan(spec)]
+    counts = Counter(names)
+    assert all(counts[name] == pytest.approx(375, rel=0.2) for name in "abcdefgh")
+    assert any(len(set(names[i : i + 8])) < 8 for i in range(0, 3000, 8))
+
+
 def test_no_adapters_is_the_base() -> None:
     assert {request.adapter for request in plan(replace(SPEC, adapters=()))} == {""}
 
