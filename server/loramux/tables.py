@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from loramux.answers import Adapter
+from loramux.merge_report import MergeReport
 
 if TYPE_CHECKING:
     from loramux.assembly import Application
@@ -72,3 +74,17 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
 def as_dict(adapter: Adapter) -> dict[str, Any]:
     """Everything known of an adapter, ready for JSON."""
     return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(adapter).items()}
+
+
+def merge_table(report: MergeReport) -> Table:
+    """`loramux merge`: how far each changed layer is from the exact sum."""
+    table = Table("layer", "‖ΔW‖/‖W‖", "‖W'−(W+ΔW)‖/‖ΔW‖", title=f"Rounding to {report.dtype}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layer in report.layers:
+        share = layer.delta_norm / layer.base_norm if layer.base_norm else math.inf
+        table.add_row(layer.layer, f"{share:.2%}", f"{layer.error:.3%}")
+    table.add_section()
+    table.add_row(f"worst: {report.worst.layer}", "", f"{report.worst.error:.3%}")
+    table.add_row("all together", "", f"{report.overall:.3%}", style="bold")
+    return table
