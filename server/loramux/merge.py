@@ -24,7 +24,7 @@ from loramux.errors import AdapterUnavailable, InvalidAdapter
 from loramux.lora.delta import Delta
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import AdapterFiles, all_finite, read_adapter
-from loramux.merge_report import MERGE_REPORT, LayerError, MergedAdapter, MergeReport
+from loramux.merge_report import MERGE_REPORT, LayerError, MergeReport, MergeTerm
 from loramux.model.checkpoint import write_description
 from loramux.model.loading import DTYPES
 from loramux.model.modules import SiteLinear
@@ -97,7 +97,7 @@ def merge(
         report = MergeReport(
             model=opened.name,
             adapters=tuple(
-                MergedAdapter(i.name, files.digest, i.weight) for i, files in zip(ingredients, read, strict=True)
+                MergeTerm(i.name, files.digest, i.weight) for i, files in zip(ingredients, read, strict=True)
             ),
             dtype=dtype,
             bytes=written,
@@ -144,9 +144,7 @@ class _Merge:
 
     def _weight(self, site: Site) -> Tensor:
         """[N, K], or [K, N] for a transposed site."""
-        weight = self._reader.nf4(
-            f"{site.name}.weight", (site.out_features, site.in_features), _CPU, site.transposed
-        ).dequantize(torch.float32)
+        weight = self._reader.base(site, _CPU).dequantize(torch.float32)
         if self._delta.changes(site):
             written = self._checked(weight + self._delta.weight(site), f"{site.name}.weight")
             self.layers.append(self._measure(site, weight, written))

@@ -30,7 +30,7 @@ class LayerError:
 
 
 @dataclass(frozen=True, slots=True)
-class MergedAdapter:
+class MergeTerm:
     """An adapter that went in."""
 
     name: str
@@ -43,7 +43,7 @@ class MergeReport:
     """A whole merge. `bytes` are those of all tensors; `created_biases` the layers that had no bias before."""
 
     model: str
-    adapters: tuple[MergedAdapter, ...]
+    adapters: tuple[MergeTerm, ...]
     dtype: str
     bytes: int
     layers: tuple[LayerError, ...]

@@ -12,11 +12,11 @@ from loramux import merge as merging
 from loramux.errors import AdapterUnavailable, FolderExists, InvalidAdapter, InvalidRequest
 from loramux.merge import Ingredient, merge
 from loramux.model.loading import dequantized_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from tests.merge.recipes import batched, config_of, dense, relative, scale_deltas
+from tests.merge.recipes import batched, config_of, dense, peft_adapter, relative, scale_deltas
 from tests.model.tiny import save_tiny
 from tests.server.stack import save_adapter, save_model
 
@@ -27,17 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("base"))
-
-
-def peft_adapter(base: Path, folder: Path, **options: object) -> Path:
-    """A random adapter, by PEFT itself."""
-    torch.manual_seed(1)
-    model = get_peft_model(dequantized_model(str(base)), LoraConfig(task_type="CAUSAL_LM", **options))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn_like(parameter) * 0.1
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
