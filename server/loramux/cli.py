@@ -244,8 +244,8 @@ def merge(
 
       loramux merge --mix sql=0.7,json=0.3 --out ./smollm2-mix --dtype fp16
     """
+    from loramux.lora.ingredient import Ingredient
     from loramux.lora.roots import AdapterRoots
-    from loramux.merge import Ingredient
     from loramux.merge import merge as write
     from loramux.progress import bars
     from loramux.tables import merge_table
@@ -260,7 +260,11 @@ def merge(
     with bars(errors, f"Merging {', '.join(weights)} into {model}") as (progress,):
         report = write(model, ingredients, out, dtype=dtype, progress=progress)
     console.print(merge_table(report))
-    console.print(f"Wrote {out}: {report.bytes / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}")
+    console.print(
+        f"Wrote {out}: {report.bytes / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -350,6 +354,33 @@ def adapters_unload(
         f"{unloaded.cancelled_requests} requests cancelled",
         highlight=False,
     )
+
+
+@adapters_app.command("merge")
+def adapters_merge(
+    output: Annotated[str, typer.Option(help="New folder under the server's --merge-dir.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name.")] = "",
+    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
+    admin: Admin = "127.0.0.1:50052",
+    admin_key: AdminKey = None,
+) -> None:
+    """Write base + a loaded adapter (or a mix) as a dense model, on the server's disk, while it serves."""
+    from loramux.answers import Merged
+    from loramux.client import AdminClient
+    from loramux.progress import bars
+
+    with AdminClient(admin, api_key=admin_key) as client, bars(errors, f"Merging {name or mix}") as (progress,):
+        for step in client.merge(name, output=output, dtype=dtype, mix=_mix(mix) if mix else None):
+            if not isinstance(step, Merged):
+                progress(step.done, step.total)
+                continue
+            console.print(
+                f"Wrote {step.output} on the server: {step.bytes / 2**20:.1f} MiB. Over {step.layers} layers, the "
+                f"rounding to {dtype} is {step.overall_error:.2%} of the adapter's change, at most "
+                f"{step.worst_error:.2%} ({step.worst_layer})",
+                highlight=False,
+            )
 
 
 @adapters_app.command("pin")

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from loramux.errors import AdapterUnavailable, InvalidAdapter
 from loramux.lora.delta import Delta
+from loramux.lora.ingredient import Ingredient
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import AdapterFiles, all_finite, read_adapter
 from loramux.merge_report import MERGE_REPORT, LayerError, MergeReport, MergeTerm
@@ -41,16 +42,6 @@ _ROWS = 1024  # measured at a time, in fp64
 _CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Ingredient:
-    """An adapter to merge. `digest`, if given, is what its files must have."""
-
-    name: str
-    folder: Path
-    weight: float = 1.0
-    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

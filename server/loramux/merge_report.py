@@ -60,6 +60,16 @@ class MergeReport:
         """The changed layer with the largest error."""
         return max(self.layers, key=lambda layer: layer.error)
 
+    def summary(self) -> dict[str, Any]:
+        """The fields of rpc.ports.MergeDone, but the place."""
+        return {
+            "bytes": self.bytes,
+            "layers": len(self.layers),
+            "overall_error": self.overall,
+            "worst_error": self.worst.error,
+            "worst_layer": self.worst.layer,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: null stands for it."""
         return asdict(self) | {

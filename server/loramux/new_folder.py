@@ -7,6 +7,7 @@ it. Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loramux.errors import FolderExists, InvalidRequest
+from loramux.errors import FolderExists, InvalidRequest, Overloaded
 
 _MARK = ".loramux-partial-"
 
@@ -24,10 +25,23 @@ _MARK = ".loramux-partial-"
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields the hidden folder to write into; leaving without an error turns it into `target`, fsynced.
 
-    Leaving with an error removes it. Raises FolderExists if `target` is there, before or after, and InvalidRequest
-    if the folder that is to hold it is not.
+    Leaving with an error removes it. Raises FolderExists if `target` is there, before or after; InvalidRequest if the
+    folder that is to hold it is not, or may not be written to; Overloaded (DISK_FULL) if the disk is full.
     """
     check_new(target)
+    try:
+        with _writing(target) as scratch:
+            yield scratch
+    except PermissionError as error:
+        raise InvalidRequest("output", f"cannot write in {target.parent}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Overloaded(f"the disk of {target.parent} is full; free some of it", reason="DISK_FULL") from error
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[Path]:
     parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     scratch = held = None
     try:

@@ -37,8 +37,10 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
     table.add_column(overflow="fold")
     table.add_row("model", f"{facts.name}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters")
     table.add_row("compute", f"{facts.device}, {facts.dtype}, {facts.backend}")
-    table.add_row("quantized weights", f"{facts.bits_per_weight:.3f} bits each, NF4, {size(facts.nf4_bytes)}")
-    table.add_row("dense weights", f"{size(facts.dense_bytes)} (embedding, head, norms, biases)")
+    if facts.quantized_parameters:
+        table.add_row("quantized weights", f"{facts.bits_per_weight:.3f} bits each, NF4, {size(facts.nf4_bytes)}")
+    dense = "embedding, head, norms, biases" + (", merged layers" if settings.merged is not None else "")
+    table.add_row("dense weights", f"{size(facts.dense_bytes)} ({dense})")
     table.add_row(
         "KV cache",
         f"{tokens:,} tokens, {size(tokens * model.kv_bytes_per_token)}; {facts.max_context:,} at most a request",

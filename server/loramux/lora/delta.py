@@ -20,6 +20,7 @@ class Delta:
     """The sum of weighted adapters. `terms` are (files, weight); their factors are kept, and nothing dense is."""
 
     def __init__(self, terms: Sequence[tuple[AdapterFiles, float]]) -> None:
+        self.terms = tuple(terms)
         self._factors: dict[int, list[tuple[SiteFactors, float]]] = {}
         for files, weight in terms:
             if files.config.use_dora:

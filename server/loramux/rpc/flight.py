@@ -19,6 +19,7 @@ from loramux.engine.request import AdapterUse, Delta, Event, Request, RequestFai
 from loramux.errors import EngineFault
 from loramux.metrics import Metrics
 from loramux.rpc import convert
+from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Leases
 from loramux.rpc.telemetry import RequestWatch
 from loramux.rpc.tokenizing import Tokenizing
@@ -91,8 +92,10 @@ class Admission:
         tokenizing: Tokenizing,
         metrics: Metrics,
         check_open: Callable[[], None],
+        merged: MergedOnly,
     ) -> None:
         """`check_open` raises what requests are refused with while the server starts or drains."""
+        self._merged = merged
         self._engine = engine
         self._check_open = check_open
         self._leases = leases
@@ -111,7 +114,9 @@ class Admission:
         adapters: list[AdapterUse] = []
         flight: Flight | None = None
         try:
-            for name, weight in convert.adapter_names(message):
+            wanted = convert.adapter_names(message)
+            self._merged.check_request(wanted)
+            for name, weight in wanted:
                 adapters.append(AdapterUse(self._leases.lease(name, ticket), weight))
             request = await self._request(message, ticket, tuple(adapters), arrival, seconds_left)
             flight = Flight(request, message.request_id or ticket, self._engine, self._metrics)
