@@ -174,6 +174,7 @@ class Model:
     max_top_logprobs: int
     version: str
     target_modules: tuple[str, ...]
+    merged_adapter: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,7 @@ class Adapter:
     last_used_at: datetime | None
     load_seconds: float
     error: str
+    merged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,3 +222,23 @@ class Unloaded:
 
     freed_bytes: int
     cancelled_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """Progress of a merge: tensors written, and in all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merge that is done: the server's new folder, and how exact it is; see MergeReport in adapters.proto."""
+
+    output: str
+    bytes: int
+    layers: int
+    overall_error: float
+    worst_error: float
+    worst_layer: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,20 +14,27 @@ from loramux.config import Settings
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
 from loramux.engine.settings import EngineSettings
+from loramux.errors import LoramuxError, StartupError
 from loramux.lora.adapter import Adapter
+from loramux.lora.delta import Delta
+from loramux.lora.entry import LoadedAdapter
 from loramux.lora.hub import Hub
+from loramux.lora.in_base import AdapterInBase
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
+from loramux.merge_process import MergeProcess
 from loramux.model.embedded import cache_root
 from loramux.model.kv_capacity import kv_blocks
 from loramux.model.loading import LoadedModel, Progress, load_model
 from loramux.model.tokenizer import IdsOnly
+from loramux.ops.site import Site
 from loramux.rpc.ports import ModelInfo
 from loramux.rpc.server import Parts, Server
+from loramux.values import StartAdapter
 
 LEAK_VARIABLE = "LORAMUX_TEST_LEAK"
 
@@ -49,6 +57,10 @@ def prepare_model(
 
     `progress` and `compiling` are told what `load_model` tells them.
     """
+    merged = settings.merged
+    merging: Callable[[Sequence[Site]], Delta] | None = None
+    if merged is not None:
+        merging = partial(_delta, merged, AdapterRoots(settings.adapter_dir))
     loaded = load_model(
         settings.model,
         device=settings.device,
@@ -56,6 +68,7 @@ def prepare_model(
         max_context=settings.max_context,
         progress=progress,
         compiling=compiling,
+        merging=merging,
     )
     model = loaded.model
     if model.shortcut is not None:
@@ -66,6 +79,15 @@ def prepare_model(
     most = settings.max_batch_rows * -(-model.max_context // block_size)
     model.allocate_kv(kv_blocks(model, settings.kv_memory, block_size, most), block_size)
     return loaded
+
+
+def _delta(adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site]) -> Delta:
+    """What `--merged` names. Raises StartupError."""
+    try:
+        files = read_adapter(roots.resolve(adapter.source or adapter.name), sites, limits=ReadLimits())
+        return Delta([(files, 1.0)])
+    except LoramuxError as error:
+        raise StartupError(f"--merged {adapter.name}: {error.message}") from error
 
 
 def assemble(settings: Settings, loaded: LoadedModel) -> Application:
@@ -95,7 +117,10 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
     limits = ReadLimits()
     read = _leaking if os.environ.get(LEAK_VARIABLE) == "adapters" else _plain
 
-    def read_and_place(folder: Path) -> Adapter:
+    def read_and_place(folder: Path) -> LoadedAdapter:
+        if isinstance(loaded.merged, Delta):
+            ((merged, _),) = loaded.merged.terms
+            return AdapterInBase.of(merged, len(model.sites), model.dtype)
         files = read_adapter(folder, model.sites, limits=limits)
         return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize))
 
@@ -104,11 +129,12 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         registry,
         AdapterRoots(settings.adapter_dir, hub),
         read_and_place,
-        measure=lambda folder: measure(folder, model.dtype.itemsize, limits),
+        measure=lambda folder: 0 if loaded.merged is not None else measure(folder, model.dtype.itemsize, limits),
         limits=limits,
         load_timeout=settings.load_timeout,
-        scan_interval=settings.adapter_scan_interval,
-        declared_in=settings.adapters_file,
+        # With a merged adapter there is nothing else to ask for.
+        scan_interval=None if loaded.merged is not None else settings.adapter_scan_interval,
+        declared_in=None if loaded.merged is not None else settings.adapters_file,
     )
     info = ModelInfo(
         model=settings.model,
@@ -119,8 +145,10 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         device=model.facts.device,
         kv_capacity_tokens=model.num_kv_blocks * model.block_size,
         target_modules=tuple(sorted({site.name.rpartition(".")[2] for site in model.sites})),
+        merged_adapter="" if settings.merged is None else settings.merged.name,
     )
-    server = Server(settings, Parts(engine, adapters, tokenizer, info))
+    merger = MergeProcess(settings.model, settings.merge_dir)
+    server = Server(settings, Parts(engine, adapters, tokenizer, info, merger))
     return Application(settings, loaded, engine, adapters, server)
 
 

@@ -1,4 +1,4 @@
-"""The command line: serve, demo, generate, adapters, quantize. Turns words into calls and errors into sentences.
+"""The command line: serve, demo, generate, adapters, merge, quantize. Turns words into calls and errors into sentences.
 
 Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
 does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick.
@@ -226,6 +226,48 @@ def _mix(text: str) -> dict[str, float]:
 
 
 @app.command()
+def merge(
+    out: Annotated[Path, typer.Option(help="New folder for the dense model.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name: its folder under a root.")] = "",
+    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
+    model: Annotated[str, typer.Option(help="Base model, as for `serve`.")] = "smollm2",
+    adapter_dir: Annotated[
+        list[Path] | None, typer.Option(help="Root under which adapters lie; repeatable. Default: adapters.")
+    ] = None,
+) -> None:
+    """Write base + adapter (or a mix) as a dense Hugging Face model; needs no server. See docs/merge.md.
+
+    Examples:
+
+      loramux merge sql --out ./smollm2-sql
+
+      loramux merge --mix sql=0.7,json=0.3 --out ./smollm2-mix --dtype fp16
+    """
+    from loramux.lora.ingredient import Ingredient
+    from loramux.lora.roots import AdapterRoots
+    from loramux.merge import merge as write
+    from loramux.progress import bars
+    from loramux.tables import merge_table
+
+    if bool(name) == bool(mix):
+        raise typer.BadParameter("give an adapter's name or --mix, one of the two", param_hint="NAME")
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise typer.BadParameter(f"{dtype!r} is none of bf16, fp16 and fp32", param_hint="--dtype")
+    weights = _mix(mix) if mix else {name: 1.0}
+    roots = AdapterRoots(adapter_dir or [Path("adapters")])
+    ingredients = [Ingredient(n, roots.resolve(n), weight) for n, weight in weights.items()]
+    with bars(errors, f"Merging {', '.join(weights)} into {model}") as (progress,):
+        report = write(model, ingredients, out, dtype=dtype, progress=progress)
+    console.print(merge_table(report))
+    console.print(
+        f"Wrote {out}: {report.bytes / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def quantize(
     source: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, .gguf file, or smollm2.")],
     out: Annotated[Path, typer.Argument(help="New folder for the NF4 checkpoint.")],
@@ -312,6 +354,33 @@ def adapters_unload(
         f"{unloaded.cancelled_requests} requests cancelled",
         highlight=False,
     )
+
+
+@adapters_app.command("merge")
+def adapters_merge(
+    output: Annotated[str, typer.Option(help="New folder under the server's --merge-dir.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name.")] = "",
+    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
+    admin: Admin = "127.0.0.1:50052",
+    admin_key: AdminKey = None,
+) -> None:
+    """Write base + a loaded adapter (or a mix) as a dense model, on the server's disk, while it serves."""
+    from loramux.answers import Merged
+    from loramux.client import AdminClient
+    from loramux.progress import bars
+
+    with AdminClient(admin, api_key=admin_key) as client, bars(errors, f"Merging {name or mix}") as (progress,):
+        for step in client.merge(name, output=output, dtype=dtype, mix=_mix(mix) if mix else None):
+            if not isinstance(step, Merged):
+                progress(step.done, step.total)
+                continue
+            console.print(
+                f"Wrote {step.output} on the server: {step.bytes / 2**20:.1f} MiB. Over {step.layers} layers, the "
+                f"rounding to {dtype} is {step.overall_error:.2%} of the adapter's change, at most "
+                f"{step.worst_error:.2%} ({step.worst_layer})",
+                highlight=False,
+            )
 
 
 @adapters_app.command("pin")

@@ -33,6 +33,8 @@ from loramux.answers import (
     Delta,
     Finished,
     Generation,
+    Merged,
+    Merging,
     Model,
     Result,
     Sampling,
@@ -60,6 +62,8 @@ __all__ = [
     "Delta",
     "Finished",
     "Generation",
+    "Merged",
+    "Merging",
     "Model",
     "Result",
     "Sampling",
@@ -231,6 +235,22 @@ class AdminClient(SyncLink):
         message = adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
         return messages.adapter((self._call(self._stub.UpdateAdapter, message, timeout)).adapter)
 
+    def merge(
+        self,
+        name: str = "",
+        *,
+        output: str,
+        dtype: str = "bf16",
+        mix: Mapping[str, float] | None = None,
+        timeout: float | None = None,
+    ) -> Generator[Merging | Merged, None, None]:
+        """Write base + adapter, or a mix of several, as a dense model into the new folder `output` of the server.
+
+        Mergings as it goes, then one Merged. Closing the generator before that ends the merge and leaves nothing.
+        """
+        message = messages.merge_request(name, output, dtype, mix)
+        return self._stream(self._stub.MergeAdapter, message, timeout, messages.merging)
+
     def watch(self, *, timeout: float | None = None) -> Generator[Adapter, None, None]:
         """Every adapter as it is now, then each one that changes, until the server stops or this is closed."""
         message = adapters_pb2.WatchAdaptersRequest()
@@ -293,6 +313,22 @@ class AsyncAdminClient(AsyncLink):
         """Pin an adapter, so that it is never evicted, or unpin it."""
         message = adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
         return messages.adapter((await self._call(self._stub.UpdateAdapter, message, timeout)).adapter)
+
+    def merge(
+        self,
+        name: str = "",
+        *,
+        output: str,
+        dtype: str = "bf16",
+        mix: Mapping[str, float] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Merging | Merged, None]:
+        """Write base + adapter, or a mix of several, as a dense model into the new folder `output` of the server.
+
+        Mergings as it goes, then one Merged. Closing the generator before that ends the merge and leaves nothing.
+        """
+        message = messages.merge_request(name, output, dtype, mix)
+        return self._stream(self._stub.MergeAdapter, message, timeout, messages.merging)
 
     def watch(self, *, timeout: float | None = None) -> AsyncGenerator[Adapter, None]:
         """Every adapter as it is now, then each one that changes, until the server stops or this is closed."""

@@ -123,12 +123,25 @@ class Settings:
             "YAML of adapters to have: name, source, digest, pin. Applied at start, on SIGHUP and when it changes.",
         ),
     )
+    merged: StartAdapter | None = field(
+        default=None,
+        metadata=_is(
+            values.START_ADAPTER,
+            "Adapter to merge into the weights and serve alone, with no branch (docs/merge.md).",
+        ),
+    )
+    merge_dir: Path | None = field(
+        default=None,
+        metadata=_is(values.FOLDER, "Root under which MergeAdapter may write new folders; without it, it may not."),
+    )
     adapter_memory: int = field(
         default=1 << 30, metadata=_is(values.SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
     )
     adapter_host_memory: int = field(
         default=1 << 30,
-        metadata=_is(values.SIZE, "Most host memory of adapters that were put out of the device's; 0B keeps none."),
+        metadata=_is(
+            values.SIZE_OR_NONE, "Most host memory of adapters that were put out of the device's; 0 keeps none."
+        ),
     )
     adapter_scan_interval: float = field(
         default=5.0,
@@ -201,8 +214,15 @@ class Settings:
                 f"--max-batch-tokens ({self.max_batch_tokens}) must not be below --max-batch-rows "
                 f"({self.max_batch_rows}): every running sequence takes a token of each step"
             )
+        if self.merged is not None and self.adapter:
+            raise StartupError("--merged serves one adapter and no other: leave --adapter away, or --merged")
         if self.port == self.admin_port != 0 and self.host == self.admin_host:
             raise StartupError(f"--port and --admin-port are both {self.port}: give them different numbers")
+
+    @property
+    def start_adapters(self) -> tuple[StartAdapter, ...]:
+        """What to load at start."""
+        return self.adapter if self.merged is None else (self.merged,)
 
 
 def is_local(host: str) -> bool:

@@ -6,6 +6,7 @@
     ├── AdapterUnavailable    FAILED_PRECONDITION  a registered adapter that failed to load, or cannot be used now
     ├── AdapterNotFound       NOT_FOUND            no adapter of that name (ResourceInfo detail)
     ├── AdapterExists         ALREADY_EXISTS       the name holds other content and `replace` was not given
+    ├── FolderExists          ALREADY_EXISTS       a folder to be written is there already
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
     ├── WrongScope            PERMISSION_DENIED    a token that is good for the other port only
     ├── Unauthenticated       UNAUTHENTICATED      no token, or a wrong one
@@ -109,6 +110,13 @@ class AdapterExists(LoramuxError):
 
     status = "ALREADY_EXISTS"
     reason = "ADAPTER_EXISTS"
+
+
+class FolderExists(LoramuxError):
+    """The folder that was to be written is there already; nothing is ever written over."""
+
+    status = "ALREADY_EXISTS"
+    reason = "FOLDER_EXISTS"
 
 
 class PathNotAllowed(LoramuxError):

@@ -15,6 +15,8 @@ from loramux.answers import (
     Delta,
     Finished,
     Generation,
+    Merged,
+    Merging,
     Model,
     Result,
     Sampling,
@@ -168,6 +170,7 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         last_used_at=message.last_used_at.ToDatetime(UTC) if message.HasField("last_used_at") else None,
         load_seconds=message.load_time.ToNanoseconds() / 1e9,
         error=message.error,
+        merged=message.merged,
     )
 
 
@@ -175,6 +178,26 @@ def adapter_list(page: adapters_pb2.ListAdaptersResponse, adapters: Iterable[Ada
     """All adapters, with the totals of the last page."""
     totals = page.device_bytes, page.device_budget_bytes, page.host_bytes, page.host_budget_bytes
     return AdapterList(tuple(adapters), *totals)
+
+
+def merge_request(
+    name: str, output: str, dtype: str, mix: Mapping[str, float] | None
+) -> adapters_pb2.MergeAdapterRequest:
+    """The message. Raises InvalidRequest for a dtype that no message can hold."""
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise InvalidRequest("dtype", f"{dtype!r} is none of bf16, fp16 and fp32")
+    message = adapters_pb2.MergeAdapterRequest(name=name, output=output, dtype=f"MERGE_DTYPE_{dtype.upper()}")
+    for adapter_name, weight in (mix or {}).items():
+        message.mix.add(adapter=adapter_name, weight=weight)
+    return message
+
+
+def merging(message: adapters_pb2.MergeAdapterResponse) -> Merging | Merged:
+    """One message of a merge."""
+    if not message.HasField("report"):
+        return Merging(message.tensors_done, message.tensors_total)
+    r = message.report
+    return Merged(message.output, r.bytes, r.layers, r.overall_error, r.worst_error, r.worst_layer)
 
 
 def _used(adapters: Iterable[generation_pb2.ResolvedAdapter]) -> tuple[UsedAdapter, ...]:

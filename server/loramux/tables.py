@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from loramux.answers import Adapter
+from loramux.merge_report import MergeReport
 
 if TYPE_CHECKING:
     from loramux.assembly import Application
@@ -35,8 +37,10 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
     table.add_column(overflow="fold")
     table.add_row("model", f"{facts.name}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters")
     table.add_row("compute", f"{facts.device}, {facts.dtype}, {facts.backend}")
-    table.add_row("quantized weights", f"{facts.bits_per_weight:.3f} bits each, NF4, {size(facts.nf4_bytes)}")
-    table.add_row("dense weights", f"{size(facts.dense_bytes)} (embedding, head, norms, biases)")
+    if facts.quantized_parameters:
+        table.add_row("quantized weights", f"{facts.bits_per_weight:.3f} bits each, NF4, {size(facts.nf4_bytes)}")
+    dense = "embedding, head, norms, biases" + (", merged layers" if settings.merged is not None else "")
+    table.add_row("dense weights", f"{size(facts.dense_bytes)} ({dense})")
     table.add_row(
         "KV cache",
         f"{tokens:,} tokens, {size(tokens * model.kv_bytes_per_token)}; {facts.max_context:,} at most a request",
@@ -78,3 +82,17 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
 def as_dict(adapter: Adapter) -> dict[str, Any]:
     """Everything known of an adapter, ready for JSON."""
     return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(adapter).items()}
+
+
+def merge_table(report: MergeReport) -> Table:
+    """`loramux merge`: how far each changed layer is from the exact sum."""
+    table = Table("layer", "‖ΔW‖/‖W‖", "‖W'−(W+ΔW)‖/‖ΔW‖", title=f"Rounding to {report.dtype}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layer in report.layers:
+        share = layer.delta_norm / layer.base_norm if layer.base_norm else math.inf
+        table.add_row(layer.layer, f"{share:.2%}", f"{layer.error:.3%}")
+    table.add_section()
+    table.add_row(f"worst: {report.worst.layer}", "", f"{report.worst.error:.3%}")
+    table.add_row("all together", "", f"{report.overall:.3%}", style="bold")
+    return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def seconds(low: float, high: float) -> Kind:
     return Kind(parse, "SECONDS")
 
 
-def _parse_size(given: object) -> int:
+def _parse_size(given: object, least: int = 1) -> int:
     match = None
     if isinstance(given, int | str) and not isinstance(given, bool):
         match = _SIZE.fullmatch(str(given).strip())
@@ -107,9 +108,9 @@ def _parse_size(given: object) -> int:
         number, unit, binary = match.groups()
         scale = (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0)
         value = int(float(number) * scale) if "." in number else int(number) * scale
-        if value >= 1:
+        if value >= least:
             return value
-    raise ValueError("a size such as 512MiB, 1.5GB or a number of bytes, at least 1")
+    raise ValueError(f"a size such as 512MiB, 1.5GB or a number of bytes, at least {least}")
 
 
 def _parse_memory(given: object) -> Memory:
@@ -167,6 +168,7 @@ def many(one: Kind) -> Kind:
 
 
 SIZE = Kind(_parse_size, "SIZE")
+SIZE_OR_NONE = Kind(partial(_parse_size, least=0), "SIZE")
 MEMORY = Kind(_parse_memory, "SIZE|PERCENT")
 FILE = Kind(_parse_path, "FILE")
 FOLDER = Kind(_parse_path, "FOLDER")

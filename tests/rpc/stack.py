@@ -28,6 +28,7 @@ from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, AdapterRoots
 from loramux.lora.snapshot import folder_digest
+from loramux.merge_process import MergeProcess
 from loramux.rpc.ports import ModelInfo
 from loramux.rpc.server import Addresses, Parts, Server
 from loramux.v1 import adapters_pb2_grpc, generation_pb2_grpc
@@ -219,7 +220,7 @@ async def running(
         values = {"port": 0, "admin_port": 0, "metrics_port": 0, "drain_timeout": 5.0} | settings
         server = server_type(
             Settings(api_key=api_key, admin_key=admin_key, **values),
-            Parts(engine, manager, ByteTokens(), MODEL),
+            Parts(engine, manager, ByteTokens(), MODEL, MergeProcess("fake", None)),
         )
         addresses = await server.start()
         after.push_async_callback(server.drain)

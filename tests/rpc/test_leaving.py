@@ -24,6 +24,7 @@ from loramux.errors import (
     Overloaded,
 )
 from loramux.rpc.flight import Admission
+from loramux.rpc.merged import MergedOnly
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import generation_pb2
 
@@ -73,7 +74,7 @@ async def test_a_request_that_is_cancelled_early_keeps_no_lease(tmp_path: Path, 
 
     async with running(tmp_path, adapters=("a",), script=two_words) as r:
         tokens = Tokenizing(SlowTokens() if when == "while it tokenizes" else ByteTokens())
-        admission = Admission(r.engine, r.registry, tokens, r.server.metrics, lambda: None)
+        admission = Admission(r.engine, r.registry, tokens, r.server.metrics, lambda: None, MergedOnly())
         message = generation_pb2.GenerateRequest(prompt="hi", adapter="a")
         admitted = asyncio.Event()
 

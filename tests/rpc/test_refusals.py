@@ -224,8 +224,9 @@ async def test_adapter_service_refuses_what_it_should(tmp_path: Path) -> None:
             except BaseException as failure:
                 failure.add_note(f"the case: {method} {request}")
                 raise
-        error = await refused(anext(aiter(stub.MergeAdapter(adapters_pb2.MergeAdapterRequest(name="a")))))
-        check(error, "UNIMPLEMENTED", "MERGE_UNIMPLEMENTED")
+        merge = adapters_pb2.MergeAdapterRequest(name="a", output="out")
+        error = await refused(anext(aiter(stub.MergeAdapter(merge))))
+        check(error, "PERMISSION_DENIED", "MERGE_DIR_NOT_SET")
         await serves_on(r)
 
 

@@ -16,6 +16,7 @@ EXAMPLES = [
     errors.AdapterUnavailable("adapter 'a' failed to load: no file", metadata={"adapter": "a"}),
     errors.AdapterNotFound("nobody"),
     errors.AdapterExists("adapter 'a' is loaded with other content", metadata={"adapter": "a"}),
+    errors.FolderExists("out exists already", metadata={"path": "/merged/out"}),
     errors.PathNotAllowed("/etc is outside the adapter roots"),
     errors.WrongScope("this token is not for the admin port"),
     errors.Unauthenticated("the token is wrong", reason="TOKEN_INVALID"),

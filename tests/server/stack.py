@@ -52,7 +52,9 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
-def save_adapter(folder: Path, *, rank: int = 4, seed: int = 0, layers: int = 3, **config: Any) -> Path:
+def save_adapter(
+    folder: Path, *, rank: int = 4, seed: int = 0, layers: int = 3, bias: bool = False, **config: Any
+) -> Path:
     """A random adapter on all linear layers, strong enough to change every answer."""
     folder.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(seed)
@@ -62,6 +64,8 @@ def save_adapter(folder: Path, *, rank: int = 4, seed: int = 0, layers: int = 3,
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(rank, k, generator=g) / 8
             tensors[f"{key}.lora_B.weight"] = torch.randn(n, rank, generator=g) / 4
+            if bias:
+                tensors[f"{key}.lora_B.bias"] = torch.randn(n, generator=g) / 4
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]} | config
     (folder / "adapter_config.json").write_text(json.dumps(fields))

@@ -91,7 +91,7 @@ class Loader:
 
     def _fetch(self, entry: AdapterEntry) -> None:
         if entry.hosted is not None:
-            self._registry.fetched(entry.uid, entry.hosted, load_seconds=entry.load_seconds)
+            self._registry.fetched(entry.uid, entry.hosted)
         else:
             self._begin(entry, self._fetch_entry)
 

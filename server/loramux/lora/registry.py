@@ -37,7 +37,7 @@ class AdapterRegistry:
     ) -> None:
         self.tiers = Tiers(device_budget, host_budget)
         self.tiers.changed = self._changed
-        self.loaded: Callable[[AdapterEntry], None] = lambda entry: None  # files were read, or a host copy placed
+        self.loaded: Callable[[AdapterEntry], None] = lambda entry: None  # its files were read
         self.budget = self.tiers.device
         self._clock = clock
         self._names: dict[str, AdapterEntry] = {}  # what a client's name means now
@@ -152,8 +152,8 @@ class AdapterRegistry:
         self.tiers.advance()
         return entry
 
-    def fetched(self, uid: str, loaded: LoadedAdapter, *, load_seconds: float = 0.0) -> None:
-        """What the tiers asked for is on the device.
+    def fetched(self, uid: str, loaded: LoadedAdapter, *, load_seconds: float | None = None) -> None:
+        """What the tiers asked for is on the device; `load_seconds` is None if no file was read for it.
 
         Raises InvalidAdapter if the files are not those that the entry stands for, Overloaded if they take more than
         was reserved; the caller then says `fetch_failed`.
@@ -170,8 +170,9 @@ class AdapterRegistry:
         self._changed(entry)
         self.tiers.advance()
 
-    def _take(self, entry: AdapterEntry, loaded: LoadedAdapter, load_seconds: float) -> None:
-        entry.load_seconds = load_seconds
+    def _take(self, entry: AdapterEntry, loaded: LoadedAdapter, load_seconds: float | None) -> None:
+        if load_seconds is not None:
+            entry.load_seconds = load_seconds
         self.tiers.arrived(entry, loaded)
         entry.digest = loaded.digest
         entry.max_rank = loaded.max_rank
@@ -181,7 +182,8 @@ class AdapterRegistry:
         entry.loaded_at = self._clock()
         if entry.state is not State.DRAINING:
             entry.state = State.READY
-        self.loaded(entry)
+        if load_seconds is not None:
+            self.loaded(entry)
 
     def fetch_failed(self, uid: str, error: LoramuxError) -> None:
         """What the tiers asked for cannot be had: for all that wait for it, and for all that come if its files are at

@@ -33,6 +33,20 @@ def check_name(name: str, *, field: str = "name") -> str:
     return name
 
 
+def check_path(text: str, field: str, hint: str) -> None:
+    """Raises InvalidRequest for `field` if no path could be written like this."""
+    if not text:
+        raise InvalidRequest(field, f"is empty; {hint}")
+    if len(text) > _MAX_SOURCE:
+        raise InvalidRequest(field, f"has {len(text)} characters; the limit is {_MAX_SOURCE}")
+    try:
+        usable = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise InvalidRequest(field, "holds a NUL or a character that no file name can hold")
+
+
 class AdapterRoots:
     """The allowed roots, resolved once. Immutable; safe in any thread."""
 
@@ -52,7 +66,7 @@ class AdapterRoots:
         or not: the answer tells nothing about other folders), InvalidAdapter with the reason ADAPTER_FILES_MISSING
         where there is no such folder. `hub:…` is fetched, see lora.hub.
         """
-        self._check_text(source)
+        check_path(source, "source", "name a folder under the adapter roots")
         if source.startswith(PREFIX):
             source = self._fetch(source)
         searched = [Path(source)] if os.path.isabs(source) else [root / source for root in self.paths]
@@ -87,18 +101,6 @@ class AdapterRoots:
             f"there is no folder {source!r}; searched the adapter roots {self._listed()}. Put a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE} there"
         )
-
-    def _check_text(self, source: str) -> None:
-        if not source:
-            raise InvalidRequest("source", "is empty; name a folder under the adapter roots")
-        if len(source) > _MAX_SOURCE:
-            raise InvalidRequest("source", f"has {len(source)} characters; the limit is {_MAX_SOURCE}")
-        try:
-            usable = b"\0" not in os.fsencode(source)
-        except UnicodeEncodeError:
-            usable = False
-        if not usable:
-            raise InvalidRequest("source", "holds a NUL or a character that no file name can hold")
 
     def _check_files(self, folder: Path) -> None:
         for name in (CONFIG_FILE, WEIGHTS_FILE):

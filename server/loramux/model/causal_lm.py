@@ -39,8 +39,8 @@ class ModelFacts:
 
     @property
     def bits_per_weight(self) -> float:
-        """Average bits per quantized weight."""
-        return 8 * self.nf4_bytes / self.quantized_parameters
+        """Average bits per quantized weight; 0 if none is quantized."""
+        return 8 * self.nf4_bytes / self.quantized_parameters if self.quantized_parameters else 0.0
 
 
 class CausalLM:
@@ -71,14 +71,16 @@ class CausalLM:
         groups = {id(m.group): m.group for m in linears if m.group is not None}.values()
         dense = list(skeleton.parameters())
         quantized = sum(group.linear.numel for group in groups)
+        merged = sum(group.linear.dense_numel for group in groups)
         biases = sum(m.out_features for m in linears if m.has_bias)
         self.facts = ModelFacts(
             name=name,
             architecture=type(skeleton).__name__,
-            parameters=quantized + biases + sum(p.numel() for p in dense),
+            parameters=quantized + merged + biases + sum(p.numel() for p in dense),
             quantized_parameters=quantized,
             nf4_bytes=sum(group.linear.nbytes for group in groups),
-            dense_bytes=sum(p.numel() * p.element_size() for p in dense) + sum(group.bias_bytes for group in groups),
+            dense_bytes=sum(p.numel() * p.element_size() for p in dense)
+            + sum(group.bias_bytes + group.linear.dense_nbytes for group in groups),
             max_context=max_context,
             vocab_size=config.vocab_size,
             layers=config.num_hidden_layers,

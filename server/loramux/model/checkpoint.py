@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource
@@ -25,7 +27,6 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
     tokenizer are written last, so a folder without config.json is an unfinished one.
     Raises UnsupportedModel for a source that does not fit its own config.
     """
-    config_dict = {k: v for k, v in source.config.to_dict().items() if k != "quantization_config"}
     skeleton = build_skeleton(source.config, dtype, "eager")
     linears = place_sites(skeleton)
     dense = parameters(skeleton)
@@ -45,7 +46,7 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
         shards.add({names[0]: reader.dense(key).to(dtype)})
         yield done, total
     shards.close()
-    config_dict["quantization_config"] = {
+    quantization = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -54,17 +55,23 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
     }
-    config_dict["dtype"] = str(dtype).removeprefix("torch.")
-    config_dict.setdefault("architectures", [type(skeleton).__name__])
-    if config_dict["architectures"] is None:
-        config_dict["architectures"] = [type(skeleton).__name__]
-    config_dict.pop("_name_or_path", None)
-    config_dict.pop("_model_name_or_path", None)
+    write_description(source, skeleton, out, dtype, {"quantization_config": quantization})
+
+
+def write_description(
+    source: TensorSource, skeleton: PreTrainedModel, out: Path, dtype: torch.dtype, fields: dict[str, Any]
+) -> None:
+    """Write generation_config.json, the tokenizer and, last, config.json: the skeleton's, with `fields` over it."""
+    config = {k: v for k, v in skeleton.config.to_dict().items() if k != "quantization_config"} | fields
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = config.get("architectures") or [type(skeleton).__name__]
+    config.pop("_name_or_path", None)
+    config.pop("_model_name_or_path", None)
     if source.generation_config is not None:
         source.generation_config.save_pretrained(out)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(out)  # type: ignore[attr-defined]
-    (out / "config.json").write_text(json.dumps(config_dict, indent=2, sort_keys=True) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 class _Shards:

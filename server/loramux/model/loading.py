@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
 from loramux.model.surgery import connect, place_sites
 from loramux.model.tokenizer import Tokenizer
-from loramux.model.weights import WeightReader, fill, parameters
+from loramux.model.weights import SiteChange, WeightReader, fill, parameters
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache
 from loramux.ops.select import select_backend
+from loramux.ops.site import Site
 
 Progress = Callable[[int, int], None]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,10 +33,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to serve, and its tokenizer if the source has one."""
+    """A model ready to serve, its tokenizer if the source has one, and what was merged into it, if anything was."""
 
     model: CausalLM
     tokenizer: Tokenizer | None
+    merged: SiteChange | None = None
 
 
 def load_model(
@@ -48,13 +50,16 @@ def load_model(
     progress: Progress | None = None,
     compiling: Progress | None = None,
     revision: str | None = None,
+    merging: Callable[[Sequence[Site]], SiteChange] | None = None,
 ) -> LoadedModel:
-    """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4.
+    """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4 (those of a merged folder stay
+    dense: `sources.TensorSource.merged`).
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
     adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
-    called after each tensor, compiling(done, total) after each file if native operations are compiled. Raises
-    StartupError (bad source or device) or UnsupportedModel (cannot be served), with the reason.
+    called after each tensor, compiling(done, total) after each file if native operations are compiled. merging(sites)
+    gives what to merge into the layers; those that it changes are dense. Raises StartupError (bad source or device) or
+    UnsupportedModel (cannot be served), with the reason.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -63,7 +68,8 @@ def load_model(
     linears = place_sites(skeleton)
     total = len(linears) + len(parameters(skeleton))
     reader = WeightReader(opened, skeleton.base_model_prefix)
-    for done, _ in enumerate(fill(skeleton, linears, reader, compute, place), 1):
+    change = None if merging is None else merging([linear.site for linear in linears])
+    for done, _ in enumerate(fill(skeleton, linears, reader, compute, place, change), 1):
         if progress is not None:
             progress(done, total)
 
@@ -86,7 +92,7 @@ def load_model(
     fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
     model.shortcut = Shortcut.find(skeleton, model.max_context)
     prove_flat(model)
-    return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer))
+    return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer), change)
 
 
 def dequantized_model(

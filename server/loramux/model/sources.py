@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from loramux.errors import StartupError
+from loramux.merge_report import MERGE_REPORT
 from loramux.model.embedded import EMBEDDED, ensure_embedded
 
 
@@ -27,6 +28,7 @@ class TensorSource(ABC):
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     tokenizer: object | None
+    merged: bool = False  # written by a merge: its linear layers stay dense, since NF4 would erase the delta
 
     @abstractmethod
     def keys(self) -> Iterable[str]:
@@ -64,6 +66,7 @@ class FolderSource(TensorSource):
             )
         self.generation_config = _generation_config(folder)
         self.tokenizer = _tokenizer(folder, None)
+        self.merged = (folder / MERGE_REPORT).is_file()
         self._files = self._index(folder)
         self._companions: dict[str, list[str]] = {}
         for key in self._files:

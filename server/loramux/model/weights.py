@@ -6,6 +6,7 @@ A tensor is read, quantized and dropped before the next one, so the peak is the 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,17 @@ from loramux.errors import UnsupportedModel
 from loramux.model.modules import SiteLinear
 from loramux.model.sources import TensorSource
 from loramux.ops.backend import LinearPart
+from loramux.ops.dense import DenseWeight
 from loramux.ops.nf4 import NF4Weight
+from loramux.ops.site import Site
+
+
+class SiteChange(Protocol):
+    """What is merged into a base while it is read (lora.delta.Delta is one)."""
+
+    def changes(self, site: Site) -> bool: ...
+    def weight(self, site: Site) -> Tensor: ...
+    def bias(self, site: Site) -> Tensor | None: ...
 
 
 class WeightReader:
@@ -46,6 +57,20 @@ class WeightReader:
         """The tensor as stored. Raises UnsupportedModel if it is missing."""
         return self._source.get(self._key(name))
 
+    def base(self, site: Site, device: torch.device) -> NF4Weight | DenseWeight:
+        """A site's weight on `device`: in NF4, or as it is stored if the source is a merged model.
+
+        Raises what `nf4` does.
+        """
+        name, shape = f"{site.name}.weight", (site.out_features, site.in_features)
+        if not self._source.merged:
+            return self.nf4(name, shape, device, site.transposed)
+        stored = self.dense(name).to(device)
+        values = stored.T if site.transposed else stored
+        if values.shape != shape:
+            raise UnsupportedModel(f"{self._source.name}: {name} has shape {tuple(values.shape)}, not {shape}")
+        return DenseWeight(values)
+
     def nf4(self, name: str, shape: tuple[int, int], device: torch.device, transposed: bool) -> NF4Weight:
         """The [N, K] weight in NF4 on `device`; quantized now unless the checkpoint holds it so already.
 
@@ -73,13 +98,24 @@ def fill(
     reader: WeightReader,
     dtype: torch.dtype,
     device: torch.device,
+    change: SiteChange | None = None,
 ) -> Iterator[str]:
-    """Load every weight of the skeleton, yielding the name of each as it is done (for progress bars)."""
+    """Load every weight of the skeleton, yielding the name of each as it is done (for progress bars).
+
+    A layer that `change` changes is dense afterwards, summed in float32 and rounded once, to `dtype`.
+    """
     for linear in linears:
         site = linear.site
-        weight = reader.nf4(f"{site.name}.weight", (site.out_features, site.in_features), device, site.transposed)
-        bias = reader.dense(f"{site.name}.bias").to(device, dtype) if linear.has_bias else None
-        linear.part = LinearPart(weight, bias)
+        weight = reader.base(site, device)
+        bias = reader.dense(f"{site.name}.bias").to(device) if linear.has_bias else None
+        if change is not None and change.changes(site):
+            weight = DenseWeight(weight.dequantize(torch.float32) + change.weight(site).to(device))
+            if (added := change.bias(site)) is not None:
+                bias = added.to(device) if bias is None else bias.float() + added.to(device)
+                linear.has_bias = True
+        if isinstance(weight, DenseWeight):
+            weight = DenseWeight(weight.values.to(dtype, copy=True, memory_format=torch.contiguous_format))
+        linear.part = LinearPart(weight, None if bias is None else bias.to(dtype))
         yield site.name
     for names, parameter in parameters(model):
         key = next((n for n in names if reader.find(n) is not None), names[0])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loramux.ops.dense import DenseWeight
 from loramux.ops.nf4 import NF4Weight
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 from loramux.ops.segment import LoraWeights, Segment
@@ -19,9 +20,9 @@ from loramux.ops.segment import LoraWeights, Segment
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearPart:
-    """One weight of a linear operation: NF4 [N, K] and its bias [N] or None."""
+    """One weight of a linear operation, [N, K] in NF4 or dense, and its bias [N] or None."""
 
-    weight: NF4Weight
+    weight: NF4Weight | DenseWeight
     bias: Tensor | None = None
 
 
@@ -43,10 +44,15 @@ class BoundSegments:
 
 
 class Linear(ABC):
-    """One linear operation: the parts that share an input (q/k/v, gate/up), ready to run."""
+    """One linear operation: the parts that share an input (q/k/v, gate/up), ready to run.
+
+    `nbytes` and `numel` count what is in NF4, `dense_nbytes` and `dense_numel` the other parts; biases in neither.
+    """
 
     nbytes: int
     numel: int
+    dense_nbytes: int
+    dense_numel: int
 
     @abstractmethod
     def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
@@ -96,8 +102,10 @@ class PlainLinear(Linear):
         self._backend = backend
         self._parts = tuple(parts)
         self._sites = tuple(sites)
-        self.nbytes = sum(part.weight.nbytes for part in parts)
-        self.numel = sum(part.weight.numel for part in parts)
+        dense = [part.weight for part in parts if isinstance(part.weight, DenseWeight)]
+        nf4 = [part.weight for part in parts if isinstance(part.weight, NF4Weight)]
+        self.nbytes, self.numel = sum(w.nbytes for w in nf4), sum(w.numel for w in nf4)
+        self.dense_nbytes, self.dense_numel = sum(w.nbytes for w in dense), sum(w.numel for w in dense)
 
     def dequantize(self, part: int) -> Tensor:
         return self._parts[part].weight.dequantize(torch.float32)

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from loramux.ops.backend import Backend, LinearPart, SiteSegment
+from loramux.ops.dense import DenseWeight
 from loramux.ops.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 
 
-def dequantize(weight: NF4Weight) -> Tensor:
+def dequantize(weight: NF4Weight | DenseWeight) -> Tensor:
     """Dense float32 [N, K], from the format's definition alone (see ops/nf4.py)."""
+    if isinstance(weight, DenseWeight):
+        return weight.values.float()
     nibbles = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).reshape(-1)[: weight.numel]
     if weight.nested_absmax is None:
         absmax = weight.absmax

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from pathlib import Path
 
 from loramux.engine.client import EngineClient
-from loramux.errors import Cancelled, InvalidRequest, Overloaded, Unimplemented
+from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, Overloaded
 from loramux.lora.entry import AdapterEntry, Residency, State
+from loramux.lora.ingredient import Ingredient
 from loramux.lora.manager import AdapterManager
+from loramux.rpc import convert
 from loramux.rpc.boundary import Context
+from loramux.rpc.merged import MergedOnly
+from loramux.rpc.ports import MergeDone, Merger, MergeStep
 from loramux.v1 import adapters_pb2 as pb
 from loramux.v1 import adapters_pb2_grpc as pb_grpc
 
@@ -30,8 +35,16 @@ _RESIDENCIES = {
 }
 
 
-def describe(entry: AdapterEntry) -> pb.Adapter:
-    """An entry as operators see it."""
+_DTYPES = {
+    pb.MERGE_DTYPE_UNSPECIFIED: "bf16",
+    pb.MERGE_DTYPE_BF16: "bf16",
+    pb.MERGE_DTYPE_FP16: "fp16",
+    pb.MERGE_DTYPE_FP32: "fp32",
+}
+
+
+def describe(entry: AdapterEntry, merged: str = "") -> pb.Adapter:
+    """An entry as operators see it; `merged` is the adapter that is in the base's weights, if one is."""
     message = pb.Adapter(
         name=entry.name,
         uid=entry.uid,
@@ -47,6 +60,7 @@ def describe(entry: AdapterEntry) -> pb.Adapter:
         sites=entry.site_count,
         leases=len(entry.leases),
         error=entry.error.message if entry.error is not None else "",
+        merged=entry.name == merged,
     )
     if entry.loaded_at:
         message.loaded_at.FromNanoseconds(int(entry.loaded_at * 1e9))
@@ -59,12 +73,20 @@ def describe(entry: AdapterEntry) -> pb.Adapter:
 class AdapterServicer(pb_grpc.AdapterServiceServicer):
     """See proto/loramux/v1/adapters.proto. `send_timeout`: seconds that one message may wait for its reader."""
 
-    def __init__(self, manager: AdapterManager, engine: EngineClient, *, send_timeout: float) -> None:
+    def __init__(
+        self, manager: AdapterManager, engine: EngineClient, merger: Merger, merged: MergedOnly, *, send_timeout: float
+    ) -> None:
         self._manager = manager
+        self._merger = merger
+        self._merged = merged
         self._engine = engine
         self._send_timeout = send_timeout
 
+    def _describe(self, entry: AdapterEntry) -> pb.Adapter:
+        return describe(entry, self._merged.name)
+
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        self._merged.check_change()
         entry, already = await self._manager.load(
             request.name,
             request.source,
@@ -72,9 +94,10 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             pin=request.pin,
             validate_only=request.validate_only,
         )
-        return pb.LoadAdapterResponse(adapter=describe(entry), already_loaded=already)
+        return pb.LoadAdapterResponse(adapter=self._describe(entry), already_loaded=already)
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
+        self._merged.check_change()
         timeout = None
         if request.HasField("drain_timeout"):
             timeout = request.drain_timeout.seconds + request.drain_timeout.nanos / 1e9
@@ -93,7 +116,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         self._engine.abort(request_id, error)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
-        return pb.GetAdapterResponse(adapter=describe(self._manager.get(request.name)))
+        return pb.GetAdapterResponse(adapter=self._describe(self._manager.get(request.name)))
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         budget = self._manager.registry.budget
@@ -103,7 +126,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         rest = [entry for entry in entries if _place(entry) > after]
         page = rest[:size]
         return pb.ListAdaptersResponse(
-            adapters=[describe(entry) for entry in page],
+            adapters=[self._describe(entry) for entry in page],
             next_page_token="/".join(_place(page[-1])) if len(rest) > size else "",
             device_bytes=budget.used,
             device_budget_bytes=budget.limit or 0,
@@ -115,22 +138,57 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         if not request.HasField("pinned"):
             raise InvalidRequest("pinned", "is missing; it is all that can be changed in a loaded adapter")
         entry = self._manager.pin(request.name, request.pinned)
-        return pb.UpdateAdapterResponse(adapter=describe(entry))
+        return pb.UpdateAdapterResponse(adapter=self._describe(entry))
 
     async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
         async with aclosing(self._manager.watch()) as entries:
             async for entry in entries:
-                try:
-                    async with asyncio.timeout(self._send_timeout):
-                        await context.write(pb.WatchAdaptersResponse(adapter=describe(entry)))
-                except TimeoutError:
-                    raise Overloaded(
-                        f"this watcher did not read for {self._send_timeout:g} s; watch again",
-                        reason="SLOW_READER",
-                    ) from None
+                await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> None:
-        raise Unimplemented("this server does not merge adapters into dense models yet", reason="MERGE_UNIMPLEMENTED")
+        wanted = convert.weighted(request.name, request.mix, "name")
+        if not wanted:
+            raise InvalidRequest("name", "is empty; name the adapter to merge, or give a mix")
+        if request.dtype not in _DTYPES:
+            raise InvalidRequest("dtype", f"{request.dtype} is none of MergeDtype")
+        ingredients = [self._ingredient(name, weight) for name, weight in wanted]
+        async with aclosing(self._merger.merge(ingredients, request.output, _DTYPES[request.dtype])) as steps:
+            async for step in steps:
+                await self._send(context, _merging(step), "the merge was stopped")
+
+    def _ingredient(self, name: str, weight: float) -> Ingredient:
+        """The files of a loaded adapter. Raises AdapterNotFound, or AdapterUnavailable for one that is not ready."""
+        entry = self._manager.get(name)
+        if entry.error is not None:
+            raise AdapterUnavailable(entry.error.message, metadata=entry.error.metadata)
+        if entry.state is State.LOADING:
+            raise AdapterUnavailable(
+                f"adapter {name!r} is being loaded; merge it when it is ready", metadata={"adapter": name}
+            )
+        return Ingredient(name, Path(entry.source), weight, entry.digest)
+
+    async def _send(self, context: Context, message: object, then: str) -> None:
+        """Write one message; it waits here while the client's flow-control window is full."""
+        try:
+            async with asyncio.timeout(self._send_timeout):
+                await context.write(message)
+        except TimeoutError:
+            raise Overloaded(
+                f"the client did not read for {self._send_timeout:g} s; {then}", reason="SLOW_READER"
+            ) from None
+
+
+def _merging(step: MergeStep | MergeDone) -> pb.MergeAdapterResponse:
+    if isinstance(step, MergeStep):
+        return pb.MergeAdapterResponse(tensors_done=step.done, tensors_total=step.total)
+    report = pb.MergeReport(
+        overall_error=step.overall_error,
+        worst_error=step.worst_error,
+        worst_layer=step.worst_layer,
+        layers=step.layers,
+        bytes=step.bytes,
+    )
+    return pb.MergeAdapterResponse(output=step.output, report=report)
 
 
 def _place(entry: AdapterEntry) -> tuple[str, str]:

@@ -7,7 +7,7 @@ checked by the engine's door. Knows nothing of what names and ids mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loramux.engine.request import (
@@ -59,12 +59,17 @@ def sampling(message: pb.SamplingParams) -> SamplingParams:
 
 def adapter_names(message: pb.GenerateRequest) -> list[tuple[str, float]]:
     """(name, weight) of every adapter asked for; empty for the base. Raises InvalidRequest."""
-    if not message.mix:
-        return [(message.adapter, 1.0)] if message.adapter else []
-    if message.adapter:
-        raise InvalidRequest("mix", "give `adapter` or `mix`, not both")
+    return weighted(message.adapter, message.mix, "adapter")
+
+
+def weighted(single: str, mix: Sequence[pb.AdapterWeight], field: str) -> list[tuple[str, float]]:
+    """(name, weight) of the `single` adapter, which stands in `field`, or of those in `mix`. Raises InvalidRequest."""
+    if not mix:
+        return [(single, 1.0)] if single else []
+    if single:
+        raise InvalidRequest("mix", f"give `{field}` or `mix`, not both")
     seen: set[str] = set()
-    for i, part in enumerate(message.mix):
+    for i, part in enumerate(mix):
         if not part.adapter:
             raise InvalidRequest(f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry")
         if part.adapter in seen:
@@ -72,7 +77,7 @@ def adapter_names(message: pb.GenerateRequest) -> list[tuple[str, float]]:
         if not math.isfinite(part.weight):
             raise InvalidRequest(f"mix[{i}].weight", f"must be finite, got {part.weight}")
         seen.add(part.adapter)
-    return [(part.adapter, part.weight) for part in message.mix]
+    return [(part.adapter, part.weight) for part in mix]
 
 
 def input_field(message: pb.GenerateRequest | pb.CountTokensRequest) -> str:

@@ -19,6 +19,7 @@ from loramux.engine.request import AdapterUse, Delta, Event, Request, RequestFai
 from loramux.errors import EngineFault
 from loramux.metrics import Metrics
 from loramux.rpc import convert
+from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Leases
 from loramux.rpc.telemetry import RequestWatch
 from loramux.rpc.tokenizing import Tokenizing
@@ -97,8 +98,10 @@ class Admission:
         tokenizing: Tokenizing,
         metrics: Metrics,
         check_open: Callable[[], None],
+        merged: MergedOnly,
     ) -> None:
         """`check_open` raises what requests are refused with while the server starts or drains."""
+        self._merged = merged
         self._engine = engine
         self._check_open = check_open
         self._leases = leases
@@ -118,6 +121,7 @@ class Admission:
         flight: Flight | None = None
         try:
             asked = convert.adapter_names(message)
+            self._merged.check_request(asked)
             handles = self._leases.lease([name for name, _ in asked], ticket) if asked else ()
             adapters += [AdapterUse(handle, weight) for handle, (_, weight) in zip(handles, asked, strict=True)]
             request = await self._request(message, ticket, tuple(adapters), arrival, seconds_left)

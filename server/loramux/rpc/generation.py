@@ -87,4 +87,5 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             max_top_logprobs=limits.settings.max_top_logprobs,
             version=__version__,
             target_modules=self._model.target_modules,
+            merged_adapter=self._model.merged_adapter,
         )

@@ -5,11 +5,12 @@ The engine's side is `engine.client.EngineClient`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from loramux.engine.request import AdapterHandle
+from loramux.lora.ingredient import Ingredient
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,41 @@ class ModelInfo:
     device: str
     kv_capacity_tokens: int
     target_modules: tuple[str, ...]
+    merged_adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeStep:
+    """Progress: `done` of `total` tensors are written."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeDone:
+    """The end of a merge; the fields are those of MergeReport in adapters.proto."""
+
+    output: str
+    bytes: int
+    layers: int
+    overall_error: float
+    worst_error: float
+    worst_layer: str
+
+
+class Merger(Protocol):
+    """Writes base + adapters as a dense model. Event loop's thread only; the work is done elsewhere."""
+
+    def merge(
+        self, ingredients: Sequence[Ingredient], output: str, dtype: str
+    ) -> AsyncGenerator[MergeStep | MergeDone, None]:
+        """Steps, then MergeDone; closing the generator stops the work. Raises InvalidRequest, PathNotAllowed, …"""
+        ...
+
+    async def close(self) -> None:
+        """Stop the work, if there is any, and take no more: both with Draining."""
+        ...
 
 
 class Leases(Protocol):

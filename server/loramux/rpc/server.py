@@ -26,7 +26,8 @@ from loramux.rpc.flight import Admission
 from loramux.rpc.generation import GenerationServicer
 from loramux.rpc.health import Health
 from loramux.rpc.listening import bind, make_server
-from loramux.rpc.ports import ModelInfo, Tokenizer
+from loramux.rpc.merged import MergedOnly
+from loramux.rpc.ports import Merger, ModelInfo, Tokenizer
 from loramux.rpc.telemetry import Telemetry
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -58,6 +59,7 @@ class Parts:
     adapters: AdapterManager
     tokenizer: Tokenizer
     model: ModelInfo
+    merger: Merger
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,16 @@ class Server:
 
     def _add_services(self) -> None:
         settings, parts = self._settings, self._parts
-        admission = Admission(parts.engine, parts.adapters.registry, self._tokenizing, self.metrics, self._check_open)
+        merged = MergedOnly(parts.model.merged_adapter)
+        admission = Admission(
+            parts.engine, parts.adapters.registry, self._tokenizing, self.metrics, self._check_open, merged
+        )
         generation = GenerationServicer(
             parts.engine, admission, self._tokenizing, parts.model, send_timeout=settings.send_timeout
         )
-        adapters = AdapterServicer(parts.adapters, parts.engine, send_timeout=settings.send_timeout)
+        adapters = AdapterServicer(
+            parts.adapters, parts.engine, parts.merger, merged, send_timeout=settings.send_timeout
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._public)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._admin)
         for server, service in ((self._public, GENERATION), (self._admin, ADAPTERS)):
@@ -113,7 +120,7 @@ class Server:
         try:
             addresses = await self._listen()
             await self._start_adapters()
-            await asyncio.gather(*(self._load(adapter) for adapter in self._settings.adapter))
+            await asyncio.gather(*(self._load(adapter) for adapter in self._settings.start_adapters))
         except BaseException:
             await self._close()
             raise
@@ -173,6 +180,7 @@ class Server:
         if self._watch is not None:
             self._watch.cancel()
         await self._parts.adapters.close()
+        await self._parts.merger.close()
         await asyncio.gather(self._public.stop(_LAST_WORDS_SECONDS), self._admin.stop(_LAST_WORDS_SECONDS))
         self._unlisten()
         self._tokenizing.close()

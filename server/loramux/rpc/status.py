@@ -138,6 +138,8 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
             return errors.Overloaded(message, retry_after=_retry_after(found), reason=reason, metadata=metadata)
         case grpc.StatusCode.UNAVAILABLE if info is not None:
             return errors.Draining(message, retry_after=_retry_after(found), metadata=metadata)
+        case grpc.StatusCode.ALREADY_EXISTS if reason == errors.FolderExists.reason:
+            return errors.FolderExists(message, metadata=metadata)
         case grpc.StatusCode.PERMISSION_DENIED if reason == errors.WrongScope.reason:
             return errors.WrongScope(message, metadata=metadata)
     kind = _BY_CODE.get(code, errors.EngineFault)

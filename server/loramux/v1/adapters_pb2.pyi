@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from loramux.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -51,7 +52,7 @@ MERGE_DTYPE_FP16: MergeDtype
 MERGE_DTYPE_FP32: MergeDtype
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "digest", "source", "state", "residency", "pinned", "device_bytes", "max_rank", "target_modules", "sites", "leases", "loaded_at", "last_used_at", "load_time", "error", "size_bytes")
+    __slots__ = ("name", "uid", "digest", "source", "state", "residency", "pinned", "device_bytes", "max_rank", "target_modules", "sites", "leases", "loaded_at", "last_used_at", "load_time", "error", "size_bytes", "merged")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +70,7 @@ class Adapter(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     digest: str
@@ -86,7 +88,8 @@ class Adapter(_message.Message):
     load_time: _duration_pb2.Duration
     error: str
     size_bytes: int
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., leases: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    merged: bool
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., leases: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., size_bytes: _Optional[int] = ..., merged: _Optional[bool] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "replace", "pin", "validate_only")
@@ -189,21 +192,39 @@ class WatchAdaptersResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class MergeAdapterRequest(_message.Message):
-    __slots__ = ("name", "output", "dtype")
+    __slots__ = ("name", "output", "dtype", "mix")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MIX_FIELD_NUMBER: _ClassVar[int]
     name: str
     output: str
     dtype: MergeDtype
-    def __init__(self, name: _Optional[str] = ..., output: _Optional[str] = ..., dtype: _Optional[_Union[MergeDtype, str]] = ...) -> None: ...
+    mix: _containers.RepeatedCompositeFieldContainer[_generation_pb2.AdapterWeight]
+    def __init__(self, name: _Optional[str] = ..., output: _Optional[str] = ..., dtype: _Optional[_Union[MergeDtype, str]] = ..., mix: _Optional[_Iterable[_Union[_generation_pb2.AdapterWeight, _Mapping]]] = ...) -> None: ...
 
 class MergeAdapterResponse(_message.Message):
-    __slots__ = ("tensors_done", "tensors_total", "output")
+    __slots__ = ("tensors_done", "tensors_total", "output", "report")
     TENSORS_DONE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     tensors_done: int
     tensors_total: int
     output: str
-    def __init__(self, tensors_done: _Optional[int] = ..., tensors_total: _Optional[int] = ..., output: _Optional[str] = ...) -> None: ...
+    report: MergeReport
+    def __init__(self, tensors_done: _Optional[int] = ..., tensors_total: _Optional[int] = ..., output: _Optional[str] = ..., report: _Optional[_Union[MergeReport, _Mapping]] = ...) -> None: ...
+
+class MergeReport(_message.Message):
+    __slots__ = ("overall_error", "worst_error", "worst_layer", "layers", "bytes")
+    OVERALL_ERROR_FIELD_NUMBER: _ClassVar[int]
+    WORST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    WORST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    overall_error: float
+    worst_error: float
+    worst_layer: str
+    layers: int
+    bytes: int
+    def __init__(self, overall_error: _Optional[float] = ..., worst_error: _Optional[float] = ..., worst_layer: _Optional[str] = ..., layers: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...

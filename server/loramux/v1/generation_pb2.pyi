@@ -262,7 +262,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "architecture", "parameters", "bits_per_weight", "weight_bytes", "device", "max_context", "vocab_size", "kv_capacity_tokens", "max_n", "max_stop_strings", "max_top_logprobs", "version", "target_modules")
+    __slots__ = ("model", "architecture", "parameters", "bits_per_weight", "weight_bytes", "device", "max_context", "vocab_size", "kv_capacity_tokens", "max_n", "max_stop_strings", "max_top_logprobs", "version", "target_modules", "merged_adapter")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +277,7 @@ class GetModelResponse(_message.Message):
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    MERGED_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     parameters: int
@@ -291,4 +292,5 @@ class GetModelResponse(_message.Message):
     max_top_logprobs: int
     version: str
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., bits_per_weight: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., version: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    merged_adapter: str
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., bits_per_weight: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., version: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ..., merged_adapter: _Optional[str] = ...) -> None: ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from loramux.ops.backend import Backend, BoundSegments, Linear, LinearPart
 from loramux.ops.cpu.build import load_native
 from loramux.ops.cpu.packed import PackedNF4
+from loramux.ops.dense import DenseWeight
 from loramux.ops.grouped import GroupedBackend
 from loramux.ops.nf4 import BLOCK_SIZE
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
@@ -34,9 +35,12 @@ class NativeLinear(Linear):
     """Parts in tile order, and their addresses in one tensor (the words of `Part` in linear.h)."""
 
     def __init__(
-        self, words: list[list[int]], weights: Sequence[PackedNF4 | Tensor], biases: Sequence[Tensor | None]
+        self,
+        words: list[list[int]],
+        weights: Sequence[PackedNF4 | DenseWeight],
+        biases: Sequence[Tensor | None],
     ) -> None:
-        """`words` hold the addresses of the weights, NF4 or dense, and of their float32 biases."""
+        """`words` hold the addresses of the weights and of their float32 biases."""
         self.words = words
         self._plan = torch.tensor(words, dtype=torch.int64)
         self._weights = tuple(weights)
@@ -45,12 +49,13 @@ class NativeLinear(Linear):
         self.width = self._bounds[-1][1]
         self.parts = len(words)
         packed = [weight for weight in weights if isinstance(weight, PackedNF4)]
-        self.nbytes = sum(weight.nbytes for weight in packed)
-        self.numel = sum(weight.n * weight.k for weight in packed)
+        dense = [weight for weight in weights if isinstance(weight, DenseWeight)]
+        self.nbytes, self.numel = sum(w.nbytes for w in packed), sum(w.n * w.k for w in packed)
+        self.dense_nbytes, self.dense_numel = sum(w.nbytes for w in dense), sum(w.numel for w in dense)
 
     def dequantize(self, part: int) -> Tensor:
         weight = self._weights[part]
-        return weight.unpack().dequantize(torch.float32) if isinstance(weight, PackedNF4) else weight.float()
+        return (weight.unpack() if isinstance(weight, PackedNF4) else weight).dequantize(torch.float32)
 
     def run(self, x: Tensor, segments: BoundSegments) -> Tensor:
         """x [T, K] → [T, ΣN], the parts side by side."""
@@ -154,15 +159,24 @@ class NativeBackend(Backend):
         self._unbound = NativeSegments((), torch.empty(0, 6, dtype=torch.int64))
 
     def prepare(self, parts: Sequence[LinearPart], sites: Sequence[int]) -> Linear:
-        if any(part.weight.shape[1] % BLOCK_SIZE for part in parts):
+        dense = [part.weight for part in parts if isinstance(part.weight, DenseWeight)]
+        if any(part.weight.shape[1] % BLOCK_SIZE for part in parts) or any(
+            w.values.dtype != torch.bfloat16 for w in dense
+        ):
             return super().prepare(parts, sites)
         words: list[list[int]] = []
-        weights: list[PackedNF4] = []
+        weights: list[PackedNF4 | DenseWeight] = []
         biases: list[Tensor | None] = []
         column = 0
         for part, site in zip(parts, sites, strict=True):
+            if isinstance(part.weight, DenseWeight):
+                words.append(_dense_words(part.weight.values, held := _held(part.bias), site, column))
+                weights.append(part.weight)
+                biases.append(held)
+                column += part.weight.shape[0]
+                continue
             packed = PackedNF4.pack(part.weight, vectors=self.isa != "amx")
-            bias = None if part.bias is None else part.bias.float().contiguous()
+            bias = _held(part.bias)
             double = packed.table.numel() != 0
             words.append(
                 [
@@ -188,10 +202,8 @@ class NativeBackend(Backend):
         """A dense bfloat16 [N, K] layer that no adapter changes (lm_head); None if it cannot be taken."""
         if weight.dtype != torch.bfloat16 or weight.shape[1] % _DENSE_MULTIPLE or not weight.is_contiguous():
             return None
-        held = None if bias is None else bias.float().contiguous()
-        address = 0 if held is None else held.data_ptr()
-        words = [[0, weight.data_ptr(), 0, 0, 0, 0, address, 0, weight.shape[0], -1, 0]]
-        return NativeLinear(words, [weight], [held])
+        held = _held(bias)
+        return NativeLinear([_dense_words(weight, held, -1, 0)], [DenseWeight(weight)], [held])
 
     def bind(self, segments: tuple[Segment, ...]) -> BoundSegments:
         if not segments:
@@ -273,6 +285,17 @@ class NativeBackend(Backend):
         y = both.new_empty(both.shape[0], both.shape[1] // 2)
         torch.ops.loramux_cpu.gate(both, y)
         return y
+
+
+def _held(bias: Tensor | None) -> Tensor | None:
+    """A bias as the kernels read it; to be kept as long as its address is used."""
+    return None if bias is None else bias.float().contiguous()
+
+
+def _dense_words(weight: Tensor, bias: Tensor | None, site: int, column: int) -> list[int]:
+    """The words of a `Part` that is dense."""
+    address = 0 if bias is None else bias.data_ptr()
+    return [0, weight.data_ptr(), 0, 0, 0, 0, address, 0, weight.shape[0], site, column]
 
 
 def _dense_heads(t: Tensor) -> Tensor:

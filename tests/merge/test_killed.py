@@ -1,0 +1,60 @@
+"""A merge that is killed half-way leaves nothing that looks finished, and the next one clears what it left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loramux.merge import Ingredient, merge
+from transformers import AutoModelForCausalLM
+
+from tests.server.stack import save_adapter, save_model
+
+# Says when it is half-way, and waits there until it is told to go on.
+HELD = """
+import sys
+from pathlib import Path
+from loramux.merge import Ingredient, merge
+
+def hold(done, total):
+    if done == total * int(sys.argv[4]) // 2:
+        print("held", flush=True)
+        sys.stdin.readline()
+
+merge(sys.argv[1], [Ingredient("a", Path(sys.argv[2]))], Path(sys.argv[3]), progress=hold)
+"""
+
+
+def held(base: Path, adapter: Path, out: Path, halves: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HELD, str(base), str(adapter), str(out), str(halves)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("halves", [1, 2], ids=["half-way", "after the last tensor"])
+def test_sigkill_leaves_nothing_that_looks_finished(halves: int, tmp_path: Path) -> None:
+    base, adapter = save_model(tmp_path / "base"), save_adapter(tmp_path / "a")
+    out = tmp_path / "out" / "merged"
+    out.parent.mkdir()
+    process = held(base, adapter, out, halves)
+    try:
+        (scratch,) = out.parent.iterdir()
+        # Another merge into the same place must not take it for a leftover while it runs.
+        merge(str(base), [Ingredient("a", adapter)], out.parent / "other")
+        assert scratch.is_dir()
+    finally:
+        process.kill()
+        process.communicate()
+    assert not out.exists()
+    assert {p.name for p in out.parent.iterdir()} == {scratch.name, "other"}
+    assert scratch.name.startswith(".")
+    assert not (scratch / "config.json").exists()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(scratch)
+    merge(str(base), [Ingredient("a", adapter)], out)
+    assert {p.name for p in out.parent.iterdir()} == {"merged", "other"}
+    AutoModelForCausalLM.from_pretrained(out)
