@@ -60,6 +60,56 @@ def test_refused_by_name(field: str, value: object) -> None:
     assert caught.value.reason in ("UNSUPPORTED_ADAPTER", "INVALID_CONFIG")
 
 
+WAYS_OUT: dict[str, tuple[dict[str, object], str]] = {
+    "another method": ({"peft_type": "LOHA"}, "`save_as_lora(out, model, rank=...)`"),
+    "bias": ({"bias": "all"}, "train with bias='none'"),
+    "modules_to_save": ({"modules_to_save": ["score"]}, "train without it"),
+    "token indices": ({"trainable_token_indices": [1]}, "train without it"),
+    "replicated layers": ({"layer_replication": [[0, 4]]}, "train on the base as it is served"),
+    "parameters": ({"target_parameters": ["experts.up"]}, "train with target_modules"),
+    "aLoRA": ({"alora_invocation_tokens": [5]}, "train with it unset"),
+    "VeLoRA": ({"velora_config": {}}, "set it to null and drop the lora_velora_embed tensors"),
+    "KaSA": ({"kasa_config": {}}, "train with it unset"),
+    "MonteCLoRA": ({"monteclora_config": {}}, "set it to null and drop the lora_monteclora_sampler tensors"),
+    "Arrow": ({"arrow_config": {}}, "load those adapters one by one, or ask for a `mix` of them"),
+    "block diagonal": ({"use_bdlora": {}}, "write them out as full lora_A and lora_B"),
+    **{
+        name: ({"init_lora_weights": name}, "path_initial_model_for_weight_conversion=initial")
+        for name in ("pissa", "olora", "corda", "lora_ga")
+    },
+    "LoftQ": ({"init_lora_weights": "loftq"}, "train with init_lora_weights=true"),
+    "unknown init": ({"init_lora_weights": "new"}, "set it to true if it was not"),
+    "embedding": ({"target_modules": ["wte"]}, "target_modules='all-linear'"),
+    "unknown field": ({"new": 1}, "remove it from adapter_config.json"),
+    "DoRA with lora_bias": ({"use_dora": True, "lora_bias": True}, "train with lora_bias=false"),
+    "DoRA with QA-LoRA": ({"use_dora": True, "use_qalora": True}, "train with one of the two"),
+    "QA-LoRA with lora_bias": ({"use_qalora": True, "lora_bias": True}, "drop the lora_B.bias tensors"),
+    "QA-LoRA without a size": ({"use_qalora": True}, "write the number that the adapter was trained with"),
+    "QA-LoRA of one": ({"use_qalora": True, "qalora_group_size": 1}, "at least 2, not 1"),
+    "QA-LoRA of a fraction": ({"use_qalora": True, "qalora_group_size": 4.0}, "not 4.0"),
+}
+
+
+@pytest.mark.parametrize(("fields", "way_out"), WAYS_OUT.values(), ids=WAYS_OUT.keys())
+def test_a_refusal_tells_the_way_out(fields: dict[str, object], way_out: str) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(**fields)
+    assert way_out in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "pooling"),
+    [
+        ({"use_dora": True}, 1),
+        ({"use_dora": None, "use_qalora": None, "qalora_group_size": None}, 1),
+        ({"use_qalora": False, "qalora_group_size": 16}, 1),  # what PEFT writes for every LoRA
+        ({"use_qalora": True, "qalora_group_size": 16}, 16),
+    ],
+)
+def test_pooling(fields: dict[str, object], pooling: int) -> None:
+    assert parse(**fields).pooling == pooling
+
+
 @pytest.mark.parametrize(
     "fields",
     [

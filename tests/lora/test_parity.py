@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from loramux.errors import InvalidAdapter
 from loramux.lora.adapter import Adapter
 from loramux.lora.peft_files import read_adapter
+from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 from loramux.lora.snapshot import measure
 from loramux.ops.site import Site
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, MontecloraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -198,3 +201,21 @@ def test_pissa_is_refused_and_its_conversion_is_served(tmp_path: Path) -> None:
         module = peft.get_submodule(f"base_model.model.{site.name}")
         trained = module.base_layer.weight + module.get_delta_weight("default")
         torch.testing.assert_close(weights[f"{site.name}.weight"] + mine.b @ mine.a, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_monteclora_is_refused_and_is_plain_lora_without_its_sampler(tmp_path: Path) -> None:
+    """The way out that the refusal names: in inference PEFT samples nothing."""
+    sites = sites_of(model := LlamaForCausalLM(LLAMA))
+    peft = randomized(model, monteclora_config=MontecloraConfig())
+    peft.save_pretrained(tmp_path)
+    with pytest.raises(InvalidAdapter, match="set it to null and drop the lora_monteclora_sampler tensors"):
+        read_adapter(tmp_path, sites, limits=LIMITS)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"monteclora_config": None}))
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    save_file({k: t for k, t in tensors.items() if "lora_monteclora_sampler" not in k}, tmp_path / WEIGHTS_FILE)
+    adapter = Adapter.build(read_adapter(tmp_path, sites, limits=LIMITS), sites, CPU, torch.float32)
+    site = next(site for site in sites if site.name == "model.layers.1.self_attn.q_proj")
+    module, mine = peft.get_submodule(f"base_model.model.{site.name}").eval(), adapter.weights[site.index]
+    x = torch.randn(5, site.in_features)
+    torch.testing.assert_close(module(x), module.base_layer(x) + x @ mine.a.T @ mine.b.T, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,9 @@ _HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte"
 
 # What a key that is no factor of a linear layer tells, and the way out.
 _REFUSED_KEYS = (
+    ("lora_diag", "belongs to KaSA, which trains on a changed base; train plain LoRA, with kasa_config unset"),
+    ("lora_velora", "matters for training only; drop the lora_velora_embed tensors from the file"),
+    ("lora_monteclora", "matters for training only; drop the lora_monteclora_sampler tensors from the file"),
     ("lora_embedding_", "targets an embedding, which all adapters share; train with linear layers only"),
     (
         "modules_to_save",
@@ -55,11 +58,16 @@ def parse_key(key: str) -> FactorKey:
         raise _unsupported(
             key,
             "is neither lora_A.weight, lora_B.weight, lora_B.bias nor lora_magnitude_vector of a linear layer; save "
-            "the adapter with PEFT's save_pretrained(..., save_embedding_layers=False) and without modules_to_save",
+            "the adapter with PEFT's save_pretrained(..., save_embedding_layers=False), trained with bias='none' and "
+            "without modules_to_save",
         )
     module = match["module"].removeprefix(_PEFT_PREFIX)
     if module.rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
-        raise _unsupported(key, "targets an embedding or the output head, which all adapters share")
+        raise _unsupported(
+            key,
+            "targets an embedding or the output head, which all adapters share; train with linear layers only, e.g. "
+            "target_modules='all-linear'",
+        )
     return FactorKey(key, module, part)
 
 
@@ -92,7 +100,8 @@ def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, S
             raise _mismatch(first, f"fits the base in {len(fits)} places: {', '.join(f[first].name for f in fits)}")
     for key in keys:
         if key.module not in by_name:
-            raise _mismatch(key.key, f"matches no linear layer of the base; {_neighbours(key.module, by_name)}")
+            near = _neighbours(key.module, by_name)
+            raise _mismatch(key.key, f"matches no linear layer of the base: was it trained on another one? {near}")
     return {module: by_name[module] for module in modules}
 
 

@@ -23,9 +23,9 @@ _MAX_PATTERNS = 4096
 
 # How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the way.
 _SAVE_PLAIN = (
-    "it was trained on a changed base (W - s*B*A), which this server does not have; save it as plain LoRA with "
-    "`model.save_pretrained(out, path_initial_model_for_weight_conversion=initial)`, where `initial` is the folder "
-    "of the adapter as it was saved before training"
+    "it was trained on a changed base (W - s*B*A), which this server does not have; load it in peft and save it as "
+    "plain LoRA with `model.save_pretrained(out, path_initial_model_for_weight_conversion=initial)`, where `initial` "
+    "is the folder of the adapter as it was saved before training"
 )
 _REFUSED_INITS: Mapping[str, str] = {
     "pissa": _SAVE_PLAIN,
@@ -42,13 +42,15 @@ _REFUSED_FIELDS: Mapping[str, str] = {
     "modules_to_save": "it replaces whole modules of the base, which all adapters share; train without it",
     "trainable_token_indices": "it changes the embedding, which all adapters share; train without it",
     "layer_replication": "it changes the layers of the base; train on the base as it is served",
-    "target_parameters": "it targets parameters that are not linear layers; use target_modules",
-    "alora_invocation_tokens": "activated LoRA switches on within a sequence; train with it unset",
-    "velora_config": "set it to null and drop the lora_velora_embed tensors: they matter for training only",
-    "kasa_config": "KaSA changes the base; train plain LoRA",
-    "monteclora_config": "MonteCLoRA samples its weights; train plain LoRA",
-    "arrow_config": "Arrow routes each token; load its adapters one by one, or mix them by weight",
-    "use_bdlora": "block-diagonal factors are not served; write them out as full lora_A and lora_B",
+    "target_parameters": "it targets parameters that are not linear layers; train with target_modules",
+    "alora_invocation_tokens": "activated LoRA changes only what follows its tokens in a sequence; train with it unset",
+    "velora_config": "it matters for training only; set it to null and drop the lora_velora_embed tensors",
+    "kasa_config": "it was trained on a base without its smallest singular values, which this server does not have; "
+    "train with it unset",
+    "monteclora_config": "it matters for training only; set it to null and drop the lora_monteclora_sampler tensors",
+    "arrow_config": "Arrow chooses adapters for each token; load those adapters one by one, or ask for a `mix` of them",
+    "use_bdlora": "its factors are block-diagonal; write them out as full lora_A and lora_B, with zeros between the "
+    "blocks, and set it to null",
 }
 # Of those, the ones for which an empty container means "not used" to PEFT. For the others {} turns the method on.
 _EMPTY_IS_UNUSED = frozenset({"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"})
@@ -181,10 +183,11 @@ def _check_method(config: PeftConfig) -> None:
     if config.peft_type != "LORA":
         _refuse(
             "peft_type",
-            f"{config.peft_type!r} is not served, only 'LORA' is; peft's `save_as_lora` writes many methods as LoRA",
+            f"{config.peft_type!r} is not served, only 'LORA' is; where the method adds to weights of linear layers, "
+            "peft's `save_as_lora(out, model, rank=...)` writes a LoRA that comes near it",
         )
     if config.bias != "none":
-        _refuse("bias", f"{config.bias!r} changes biases of the base, which all adapters share; train with 'none'")
+        _refuse("bias", f"{config.bias!r} changes biases of the base, which all adapters share; train with bias='none'")
     for field, way_out in _REFUSED_FIELDS.items():
         value = getattr(config, field)
         unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))

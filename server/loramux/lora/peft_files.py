@@ -22,6 +22,7 @@ from loramux.lora.snapshot import FolderSnapshot, take_snapshot
 from loramux.ops.site import Site
 
 _DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INCOMPLETE = "save the adapter again, or restore the file that belongs to the config"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +112,11 @@ def _check_parts(module: str, parts: Mapping[str, TensorEntry], config: PeftConf
     """Raises InvalidAdapter unless the tensors of a module are those that the config says it has."""
     for part, name in (("A", "lora_A.weight"), ("B", "lora_B.weight")):
         if part not in parts:
-            raise InvalidAdapter(module, f"has no {name} in {WEIGHTS_FILE}", reason="CORRUPT_ADAPTER")
+            raise InvalidAdapter(module, f"has no {name} in {WEIGHTS_FILE}; {_INCOMPLETE}", reason="CORRUPT_ADAPTER")
     for part, name, field in (("bias", "lora_B.bias", "lora_bias"), ("magnitude", "lora_magnitude_vector", "use_dora")):
         asked = bool(getattr(config, field))
         if asked and part not in parts:
-            message = f"has no {name} ({field} is true) in {WEIGHTS_FILE}"
+            message = f"has no {name} ({field} is true) in {WEIGHTS_FILE}; {_INCOMPLETE}"
             raise InvalidAdapter(module, message, reason="CORRUPT_ADAPTER")
         if part in parts and not asked:
             raise InvalidAdapter(
