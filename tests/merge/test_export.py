@@ -13,7 +13,7 @@ from loramux.errors import AdapterUnavailable, FolderExists, InvalidAdapter, Inv
 from loramux.merge import Ingredient, merge
 from loramux.model.loading import dequantized_model
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.merge.recipes import batched, config_of, dense, peft_adapter, relative, scale_deltas
@@ -61,6 +61,27 @@ def test_the_folder_answers_in_transformers_as_the_batch_does_here(base: Path, t
     assert "quantization_config" not in config_of(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("hi") == AutoTokenizer.from_pretrained(base)("hi")
     assert report.overall < 1e-5
+
+
+def test_qalora_is_merged_as_it_is_served(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a")
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_qalora": True, "qalora_group_size": 4}))
+    tensors = load_file(weights)
+    pooled = {k: t.unflatten(1, (-1, 4)).mean(dim=2) if "lora_A" in k else t for k, t in tensors.items()}
+    save_file(pooled, weights)
+    merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
+    logits, greedy = batched(base, {adapter: 1.0})
+    theirs, text = dense(tmp_path / "out")
+    assert text == greedy
+    assert relative(theirs, logits) < 1e-4
+
+
+def test_dora_is_refused_with_the_way_out(base: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(base, tmp_path / "a", r=4, use_dora=True, target_modules=["q_proj"])
+    with pytest.raises(InvalidAdapter, match="serve it in the batch"):
+        merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mix_is_the_weighted_sum(base: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Delta:
         count = len(range(site.out_features)[rows])
         total = torch.zeros(count, site.in_features, dtype=dtype)
         for factors, scale in self._factors.get(site.index, ()):
-            total.addmm_(factors.b[rows].to(dtype), factors.a.to(dtype), alpha=scale)
+            a = factors.a.to(dtype).repeat_interleave(factors.pooling, dim=1)
+            total.addmm_(factors.b[rows].to(dtype), a, alpha=scale)
         return total
 
     def bias(self, site: Site) -> Tensor | None:
