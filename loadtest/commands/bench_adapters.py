@@ -18,6 +18,7 @@ from loadtest.commands.options import ModelOption, SeedOption, connect
 from loadtest.commands.peers import warn_if_busy
 from loadtest.console import err, progress, show_hotswap, show_registered
 from loadtest.hotswap import HotSwap, SwapLog, SwapSpec
+from loadtest.merged import batched_and_merged, export_error
 from loadtest.registered import Popularity, registered_run
 from loadtest.report import rounded
 from loadtest.server_process import ServerAddress, serve
@@ -46,13 +47,16 @@ def run_bench_adapters(
     swap_seconds: Annotated[
         float, typer.Option(min=1.0, help="Seconds of streams without operations, and as many with them.")
     ] = 60.0,
+    merge_adapter: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="The adapter that is merged; it must fit the model.")
+    ] = Path("adapters/date"),
     scratch: Annotated[
         Path | None,
         typer.Option(help="Keep the different adapters here for the next time. [default: a temporary folder]"),
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure thousands of registered adapters against a few, and what hot swaps cost running streams.
+    """Measure thousands of registered adapters against a few, what hot swaps cost running streams, and merging.
 
     Ends with 1 if any request or operation failed. The last lines of stdout are JSON objects, one a line.
 
@@ -82,10 +86,25 @@ def run_bench_adapters(
         )
         lines = registered(model, written, work, adapters, budget_for * sum(sizes) // distinct, requests, warmup, runs)
         lines += hotswap(model, written, work, swap_seconds, seed)
+        lines += merge(model, merge_adapter.resolve(), work, runs)
     for fields in lines:
         print(json.dumps(fields))
     if any(fields.get("failed") for fields in lines):
         raise typer.Exit(1)
+
+
+def merge(model: str, adapter: Path, work: Path, runs: int) -> list[dict[str, Any]]:
+    """The error of two exports of one adapter, and its speed merged against the same in the batch."""
+    lines = [
+        line(f"merge_error_{dtype}", [export_error(model, adapter, dtype, work)], "% of the change")
+        for dtype in ("bf16", "fp16")
+    ]
+    for cell, (batched, merged) in batched_and_merged(model, adapter, work, runs).items():
+        ratios = [after / before for before, after in zip(batched, merged, strict=True)]
+        lines.append(line(f"merged_over_batched_{cell}", ratios, "times the batch"))
+        lines.append(line(f"batched_{cell}", batched, "output tokens/s"))
+        lines.append(line(f"merged_{cell}", merged, "output tokens/s"))
+    return lines
 
 
 def write_distinct(scratch: Path, model: str, count: int, seed: int) -> list[Path]:
