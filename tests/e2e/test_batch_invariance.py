@@ -32,7 +32,7 @@ def loaded() -> LoadedModel:
     return load_model("smollm2")
 
 
-def random_adapter(sites: Sequence[Site], rank: int, targets: tuple[str, ...], seed: int) -> AdapterWeights:
+def random_adapter(sites: Sequence[Site], rank: int, targets: tuple[str, ...], seed: int, dora: bool) -> AdapterWeights:
     """Strong enough to change most answers."""
     g = torch.Generator().manual_seed(seed)
 
@@ -41,7 +41,11 @@ def random_adapter(sites: Sequence[Site], rank: int, targets: tuple[str, ...], s
 
     return flat(
         [
-            LoraWeights(draw(rank, site.in_features), draw(site.out_features, rank) / rank**0.5)
+            LoraWeights(
+                draw(rank, site.in_features),
+                draw(site.out_features, rank) / rank**0.5,
+                scale=1 + draw(site.out_features).float() if dora else None,
+            )
             if site.name.endswith(targets)
             else None
             for site in sites
@@ -52,10 +56,17 @@ def random_adapter(sites: Sequence[Site], rank: int, targets: tuple[str, ...], s
 @pytest.fixture(scope="module")
 def requests(loaded: LoadedModel) -> list[Request]:
     choose = random.Random(0)
-    kinds = [(1, ("q_proj",)), (3, ("q_proj", "v_proj")), (8, ("_proj",)), (16, ("_proj",)), (64, ("down_proj",))]
+    kinds = [
+        (1, ("q_proj",), False),
+        (3, ("q_proj", "v_proj"), False),
+        (8, ("_proj",), False),
+        (16, ("_proj",), False),
+        (64, ("down_proj",), False),
+        (5, ("_proj",), True),
+    ]
     adapters = [
-        FakeAdapter(f"a{i}", f"a{i}-1", weights=random_adapter(loaded.model.sites, rank, targets, i))
-        for i, (rank, targets) in enumerate(kinds)
+        FakeAdapter(f"a{i}", f"a{i}-1", weights=random_adapter(loaded.model.sites, rank, targets, i, dora))
+        for i, (rank, targets, dora) in enumerate(kinds)
     ]
     mixes: list[tuple[AdapterUse, ...]] = [(), *((AdapterUse(a),) for a in adapters)]
     mixes.append((AdapterUse(adapters[1], 0.5), AdapterUse(adapters[3], -0.75)))

@@ -55,17 +55,20 @@ def save_model(folder: Path) -> Path:
 def save_adapter(
     folder: Path, *, rank: int = 4, seed: int = 0, layers: int = 3, bias: bool = False, **config: Any
 ) -> Path:
-    """A random adapter on all linear layers, strong enough to change every answer."""
+    """A random adapter on all linear layers, strong enough to change every answer; DoRA or QA-LoRA as `config` says."""
     folder.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(layers):
         for name, (k, n) in TARGETS.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, k, generator=g) / 8
+            columns = k // config["qalora_group_size"] if config.get("use_qalora") else k
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / 8
             tensors[f"{key}.lora_B.weight"] = torch.randn(n, rank, generator=g) / 4
             if bias:
                 tensors[f"{key}.lora_B.bias"] = torch.randn(n, generator=g) / 4
+            if config.get("use_dora"):
+                tensors[f"{key}.lora_magnitude_vector"] = torch.randn(n, generator=g).abs() * 2
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]} | config
     (folder / "adapter_config.json").write_text(json.dumps(fields))

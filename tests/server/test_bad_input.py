@@ -230,7 +230,9 @@ def broken(root: Path) -> dict[str, tuple[str, str]]:
     folder("bias", lambda p: None, bias="all")
     folder("modules_to_save", lambda p: None, modules_to_save=["lm_head"])
     folder("not LoRA", lambda p: None, peft_type="IA3")
-    folder("DoRA without magnitudes", lambda p: None, use_dora=True)
+    folder("DoRA without a magnitude", tensors(lambda t: t.__delitem__(f"{q}.lora_magnitude_vector")), use_dora=True)
+    folder("DoRA of NaN", tensors(lambda t: t[f"{q}.lora_magnitude_vector"].__setitem__(0, NAN)), use_dora=True)
+    folder("QA-LoRA of another group size", lambda p: None, use_qalora=True, qalora_group_size=7)
     folder("PiSSA", lambda p: None, init_lora_weights="pissa")
     folder("unknown field", lambda p: None, use_magic=True)
     outside = root.parent / "outside"

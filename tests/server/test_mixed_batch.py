@@ -6,7 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from loramux.errors import AdapterNotFound
+from loramux.errors import AdapterNotFound, InvalidRequest
+from loramux.lora.limits import ReadLimits
+from loramux.lora.snapshot import measure
 
 from tests.server.stack import Stack, save_adapter
 
@@ -104,6 +106,32 @@ async def test_n_sequences_are_n_and_are_cleaned_up(stack: Stack) -> None:
     assert [c.index for c in result.completions] == [0, 1, 2, 3, 4]
     assert len({c.token_ids for c in result.completions}) > 1
     await stack.settle(baseline)
+
+
+async def test_dora_and_qalora_beside_others(stack: Stack, folders: tuple[Path, Path]) -> None:
+    root = folders[1]
+    save_adapter(root / "dora", rank=5, seed=500, use_dora=True)
+    save_adapter(root / "undora", rank=5, seed=500)
+    save_adapter(root / "qalora", rank=6, seed=600, use_qalora=True, qalora_group_size=8)
+    names = ["", "a1", "dora", "undora", "qalora", "a4"]
+    for name in ("dora", "undora", "qalora"):
+        loaded = await stack.admin.load(name, name)
+        assert loaded.device_bytes == measure(root / name, stack.application.loaded.model.dtype.itemsize, ReadLimits())
+
+    async def answer(name: str = "", mix: dict[str, float] | None = None) -> tuple[int, ...]:
+        result = await stack.client.generate("Hello", adapter=name, mix=mix, max_new_tokens=24)
+        return result.completions[0].token_ids
+
+    alone = [await answer(name) for name in names]
+    assert len(set(alone)) == len(names)
+    assert await asyncio.gather(*map(answer, names)) == alone
+    for mix in ({"a1": 0.5, "dora": 1.0}, {"dora": 0.5}):
+        with pytest.raises(InvalidRequest, match="'dora' is a DoRA adapter"):
+            await answer(mix=mix)
+    assert await answer(mix={"dora": 1.0}) == alone[2]
+    assert await answer(mix={"a1": 0.5, "qalora": 0.5}) not in alone
+    for name in ("dora", "undora", "qalora"):
+        await stack.admin.unload(name)
 
 
 async def test_a_mix_is_the_sum_of_its_parts(stack: Stack) -> None:
