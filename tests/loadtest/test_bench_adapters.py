@@ -142,13 +142,14 @@ def test_a_failure_anywhere_ends_with_1_after_all_lines(
     command = "loadtest.commands.bench_adapters"
     monkeypatch.setattr(f"{command}.registered", lambda *_: [{"bench": "registered_5_zipf", "failed": failed}])
     monkeypatch.setattr(f"{command}.hotswap", lambda *_: [{"bench": "hotswap_failed", "failed": 0}])
+    monkeypatch.setattr(f"{command}.merge", lambda *_: [{"bench": "merge_error_bf16"}])
     options = ["--model", str(config), "--distinct", "8", "--scratch", str(tmp_path / "scratch")]
     monkeypatch.setattr(sys, "argv", ["loadtest", "bench-adapters", *options])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == status
     lines = [json.loads(text)["bench"] for text in capsys.readouterr().out.splitlines()]
-    assert lines == ["registered_5_zipf", "hotswap_failed"]
+    assert lines == ["registered_5_zipf", "hotswap_failed", "merge_error_bf16"]
     assert [path.name for path in (tmp_path / "scratch").iterdir() if path.name.startswith("run-")] == []
 
 
