@@ -117,6 +117,17 @@ async def test_applying_the_same_again_does_nothing(manager: AdapterManager, rea
     assert reader.reads == reads
 
 
+async def test_a_source_is_a_place_not_the_end_of_one(manager: AdapterManager, reader: FakeReader, file: Path) -> None:
+    """`a` is not what `elsewhere/a` is, though their paths end alike."""
+    (reader.root / "elsewhere").mkdir()
+    reader.put("elsewhere/a", b"other weights")
+    write(file, "adapters:\n- name: x\n  source: elsewhere/a\n")
+    await manager.start()
+    write(file, "adapters:\n- name: x\n  source: a\n")
+    await manager.reload()
+    assert manager.get("x").source == str(reader.root / "a")
+
+
 async def test_a_file_that_is_broken_changes_nothing(
     manager: AdapterManager, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

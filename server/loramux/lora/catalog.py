@@ -49,7 +49,9 @@ class Catalog:
 
     async def look(self) -> None:
         """Compare the roots with the registry, once."""
-        found = await asyncio.to_thread(scan, self._roots)
+        found, unread = await asyncio.to_thread(scan, self._roots)
+        # A root that is away for a moment, say on a network, does not take its adapters with it.
+        found = {name: seen for name, seen in self._seen.items() if seen[0].parent in unread} | found
         for name in self._seen.keys() - found.keys():
             self._remove(name)
         for name, seen in found.items():
@@ -78,18 +80,18 @@ class Catalog:
             self._registry.unload(name)
 
 
-def scan(roots: Sequence[Path]) -> dict[str, tuple[Path, Identity]]:
-    """Name → folder and identity of every adapter folder; of one name in two roots the first root's.
-
-    A root that cannot be read is logged and counts as empty.
-    """
+def scan(roots: Sequence[Path]) -> tuple[dict[str, tuple[Path, Identity]], set[Path]]:
+    """Name → folder and identity of every adapter folder, of one name in two roots the first root's; and the roots that
+    could not be read, which are logged."""
     found: dict[str, tuple[Path, Identity]] = {}
+    unread: set[Path] = set()
     for root in roots:
         try:
             with os.scandir(root) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir())
         except OSError as error:
             log.warning("the adapter root %s cannot be read: %s", root, error.strerror)
+            unread.add(root)
             continue
         for name in names:
             identity = _identity(root / name)
@@ -100,7 +102,7 @@ def scan(roots: Sequence[Path]) -> dict[str, tuple[Path, Identity]]:
             except InvalidRequest:
                 continue
             found[name] = root / name, identity
-    return found
+    return found, unread
 
 
 def _identity(folder: Path) -> Identity | None:

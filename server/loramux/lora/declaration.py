@@ -63,37 +63,30 @@ class Declaration:
             for name in self._applied.keys() - wanted.keys():
                 if self._registry.find(name) is not None and self._registry.loading(name) is None:
                     self._registry.unload(name)
-            changed = [d for d in wanted.values() if self._applied.get(d.name) != d or not self._is_there(d)]
-            outcomes = await asyncio.gather(*(self._bring(declared) for declared in changed))
-            failed = {declared.name for declared, error in zip(changed, outcomes, strict=True) if error is not None}
+            outcomes = await asyncio.gather(*(self._bring(declared) for declared in wanted.values()))
+            failed = {name for name, error in zip(wanted, outcomes, strict=True) if error is not None}
             self._applied = {name: declared for name, declared in wanted.items() if name not in failed}
             return [error for error in outcomes if error is not None]
 
     async def _bring(self, declared: Declared) -> LoramuxError | None:
         try:
-            if declared.pin:
-                await self._load(declared)
-                return None
             folder = await asyncio.to_thread(self._roots.resolve, declared.source or declared.name)
             current = self._registry.find(declared.name)
-            if current is None or not self._is_there(declared):
+            # What is declared is there: by its digest, or without one by the folder it came from.
+            there = current is not None and current.error is None
+            if current is not None and there:
+                there = current.digest == declared.digest if declared.digest else current.source == str(folder)
+            if declared.pin:
+                if current is None or not there or not current.pinned:
+                    await self._load(declared)
+            elif not there:
                 if self._registry.loading(declared.name) is None:
                     self._registry.register(declared.name, str(folder), digest=declared.digest, managed=False)
-            elif current.pinned:
+            elif current is not None and current.pinned:
                 self._registry.pin(declared.name, False)
         except LoramuxError as error:
             return error
         return None
-
-    def _is_there(self, declared: Declared) -> bool:
-        """Whether the name stands for what is declared; without a digest, for anything from that source."""
-        entry = self._registry.find(declared.name)
-        if entry is None or entry.error is not None:
-            return False
-        if declared.digest:
-            return entry.digest == declared.digest
-        source = Path(declared.source or declared.name)
-        return (source.is_absolute() and Path(entry.source) == source) or Path(entry.source).match(str(source))
 
     async def _watch(self) -> None:
         while True:
