@@ -58,6 +58,9 @@ struct LinearCall {
   int64_t num_parts;
   const Segment* segments;
   int64_t num_segments;
+  // What is called after this with the same segments, if that is known: parts of inputs next_k.
+  const Part* next = nullptr;
+  int64_t num_next = 0, next_k = 0;
 };
 
 void linear_amx(Pool& pool, const LinearCall& call);

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <vector>
 
 #include "linear.h"
 #include "vectors.h"
@@ -45,6 +46,42 @@ class Ahead {
  private:
   const char *at_, *end_;
   int64_t piece_;
+};
+
+// Asks for what is read after the arithmetic that runs, spread over it: expanding NF4 for many rows leaves the way to
+// memory idle, and sixteen adapters read at once would take a fifth of a step.
+class Upcoming {
+ public:
+  void clear() {
+    spans_.clear();
+    lines_ = at_ = line_ = each_ = 0;
+  }
+  void add(const void* from, int64_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(from) / 64, end = (reinterpret_cast<uintptr_t>(from) + bytes + 63) / 64;
+    spans_.push_back({begin, static_cast<int64_t>(end - begin)});
+    lines_ += spans_.back().lines;
+  }
+  // `fetch` will be called so many times.
+  void spread(int64_t times) { each_ = times == 0 ? 0 : (lines_ + times - 1) / times; }
+  void fetch() {
+    int64_t left = std::min(each_, lines_);
+    lines_ -= left;
+    while (left > 0) {
+      const Span& span = spans_[at_];
+      const int64_t stop = std::min(line_ + left, span.lines);
+      left -= stop - line_;
+      for (; line_ < stop; ++line_) __builtin_prefetch(reinterpret_cast<const void*>((span.begin + line_) * 64), 0, 2);
+      if (line_ == span.lines) ++at_, line_ = 0;
+    }
+  }
+
+ private:
+  struct Span {
+    uintptr_t begin;  // in lines
+    int64_t lines;
+  };
+  std::vector<Span> spans_;
+  int64_t lines_ = 0, at_ = 0, line_ = 0, each_ = 0;
 };
 
 // The table by bytes: byte b of entry c is bytes[b][c], in both lanes.
@@ -350,6 +387,17 @@ void pack(const Job& job, int64_t group) {
 
 constexpr int64_t kRanks = 8, kRows = 24;  // of a piece of A·x
 
+// A·x in pieces of kRanks × kRows. `piece` counts them; use(first rank, ranks, rows begin, end) is called for `mine`.
+int64_t num_pieces(int64_t rank, int64_t rows) {
+  return ((rank + kRanks - 1) / kRanks) * ((rows + kRows - 1) / kRows);
+}
+template <typename Use>
+LORAMUX_INLINE void pieces(int64_t rank, int64_t start, int64_t stop, Range mine, int64_t& piece, const Use& use) {
+  for (int64_t m = start; m < stop; m += kRows)
+    for (int64_t rank0 = 0; rank0 < rank; rank0 += kRanks, ++piece)
+      if (piece >= mine.begin && piece < mine.end) use(rank0, std::min(kRanks, rank - rank0), m, std::min(m + kRows, stop));
+}
+
 // h for `ranks` ranks of a branch from `rank0`, and its rows begin ≤ m < end.
 void down(const Job& job, const Branch& branch, int64_t rank0, int64_t ranks, int64_t begin, int64_t end) {
   const int64_t k = job.c.k;
@@ -363,29 +411,73 @@ void down(const Job& job, const Branch& branch, int64_t rank0, int64_t ranks, in
 }
 
 // totals += B·h for one tile of outputs and rows begin ≤ m < end.
-void up(const Branch& branch, int64_t tile, int64_t n, int64_t begin, int64_t end, float* totals) {
+void up_tail(const Branch& branch, const bf16* b, int64_t outputs, int64_t begin, int64_t end, float* totals) {
+  // A row is read in sixteens: what lies past its rank is the next row and meets zeros in h, but after the last row
+  // there may be nothing.
   static thread_local Scratch scratch;
+  const int64_t width = branch.width();
+  bf16* copy = scratch.get<bf16>(kTile * width);
+  std::memset(copy, 0, kTile * width * sizeof(bf16));
+  for (int64_t i = 0; i < outputs; ++i)
+    std::memcpy(copy + i * width, b + i * branch.rank, branch.rank * sizeof(bf16));
+  all_dots<true>({copy, width, branch.h + (begin - branch.start) * width, width, width, totals, kTile}, outputs, end - begin);
+}
+
+LORAMUX_INLINE void up(const Branch& branch, int64_t tile, int64_t n, int64_t begin, int64_t end, float* totals) {
   const int64_t outputs = std::min<int64_t>(kTile, n - tile * kTile), width = branch.width();
   const bf16* b = branch.b + tile * kTile * branch.rank;
-  int64_t stride = branch.rank;
-  if (tile * kTile + outputs == n && width != branch.rank) {
-    // A row is read in sixteens: what lies past its rank is the next row and meets zeros in h, but after the last row
-    // there may be nothing.
-    stride = width;
-    bf16* copy = scratch.get<bf16>(kTile * width);
-    std::memset(copy, 0, kTile * width * sizeof(bf16));
-    for (int64_t i = 0; i < outputs; ++i)
-      std::memcpy(copy + i * width, b + i * branch.rank, branch.rank * sizeof(bf16));
-    b = copy;
+  if (tile * kTile + outputs == n && width != branch.rank) return up_tail(branch, b, outputs, begin, end, totals);
+  const Dots d{b, branch.rank, branch.h + (begin - branch.start) * width, width, width, totals, kTile};
+  if (end - begin == 1 && outputs == kTile) {
+    dots<8, 1, true, false>(d, 0, 0);
+    dots<8, 1, true, false>(d, 8, 0);
+    return;
   }
-  all_dots<true>({b, stride, branch.h + (begin - branch.start) * width, width, width, totals, kTile}, outputs, end - begin);
+  all_dots<true>(d, outputs, end - begin);
 }
 
 struct Buffers {
   int32_t* panel;  // [32 pairs of inputs][16]
   float* scales;  // [2 tiles][k/64][16]
   float* totals;  // [rows of a chunk, at least 2][16]
+  Upcoming *factors, *next;  // B of the tile; A of the next operation
+  void fetch() const {
+    factors->fetch();
+    next->fetch();
+  }
 };
+
+// The rows of B that T tiles' branches read.
+void ask_for_factors(const Job& job, int64_t p, int64_t tile, int64_t count, Upcoming& factors) {
+  const LinearCall& c = job.c;
+  const int64_t first = tile * kTile, outputs = std::min(count * kTile, c.parts[p].n - first);
+  factors.clear();
+  for (int64_t i = job.part_branches[p]; i < job.part_branches[p + 1]; ++i) {
+    const Branch& branch = job.branches[i];
+    factors.add(branch.b + first * branch.rank, outputs * branch.rank * static_cast<int64_t>(sizeof(bf16)));
+  }
+  factors.spread(c.k / kBlock);
+}
+
+// What `down` of this thread will read in the next operation.
+void ask_for_next(const LinearCall& c, int thread, int threads, int64_t times, Upcoming& next) {
+  next.clear();
+  const auto each = [&](const auto& use) LORAMUX_LAMBDA {
+    for (int64_t p = 0; p < c.num_next; ++p)
+      for (int64_t s = 0; s < c.num_segments; ++s)
+        if (c.segments[s].changes(c.next[p].site)) use(c.segments[s], c.next[p].site);
+  };
+  int64_t count = 0, piece = 0;
+  each([&](const Segment& s, int64_t site) LORAMUX_LAMBDA { count += num_pieces(s.ranks[site], s.stop - s.start); });
+  const Range mine = share(count, thread, threads);
+  each([&](const Segment& s, int64_t site) LORAMUX_LAMBDA {
+    const bf16* a = s.a(site);
+    pieces(s.ranks[site], s.start, s.stop, mine, piece, [&](int64_t rank0, int64_t ranks, int64_t m, int64_t) LORAMUX_LAMBDA {
+      if (m == s.start) next.add(a + rank0 * c.next_k, ranks * c.next_k * static_cast<int64_t>(sizeof(bf16)));
+    });
+  });
+  next.spread(times);
+}
 
 // W·x for one tile of outputs and whole groups of rows; totals [rows][16].
 void multiply(const Job& job, const Part& part, int64_t tile, int64_t group0, int64_t group1, const Buffers& b) {
@@ -402,6 +494,7 @@ void multiply(const Job& job, const Part& part, int64_t tile, int64_t group0, in
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* codes = part.codes + (tile * blocks + block) * kTile * 32;
     Ahead(codes + 2 * kTile * 32, kTile * 32, 1).fetch();
+    b.fetch();
     expand(codes, b.panel);
     for (int64_t group = group0; group < group1; ++group) {
       const int64_t first = job.first_row(group), rows = job.first_row(group + 1) - first;
@@ -419,9 +512,11 @@ void multiply_row(const Job& job, const Part& part, int64_t tile, const Buffers&
   for (int t = 0; t < T; ++t) tile_scales(part, tile + t, blocks, b.scales + t * blocks * kTile);
   __m256 total[T][2];
   for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
-  for (int64_t block = 0; block < blocks; ++block)
+  for (int64_t block = 0; block < blocks; ++block) {
+    b.fetch();
     add_row<T>(codes + block * kTile * 32, distance, job.x + block * kPairs, job.units + block,
                b.scales + block * kTile, blocks * kTile, total);
+  }
   for (int t = 0; t < T; ++t)
     for (int half = 0; half < 2; ++half) _mm256_store_ps(b.totals + t * kTile + half * 8, total[t][half]);
 }
@@ -464,14 +559,16 @@ void run(void* argument, int thread, int threads) {
   job.pool.barrier();
   const int64_t num_branches = job.part_branches[c.num_parts];
   if (num_branches != 0) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < num_branches; ++i) {
-      const Branch& branch = job.branches[i];
-      for (int64_t m = branch.start; m < branch.stop; m += kRows)
-        for (int64_t rank = 0; rank < branch.rank; rank += kRanks)
-          if (count++ % threads == thread)
-            down(job, branch, rank, std::min(kRanks, branch.rank - rank), m, std::min(m + kRows, branch.stop));
-    }
+    int64_t count = 0, piece = 0;
+    for (const Branch* branch = job.branches; branch < job.branches + num_branches; ++branch)
+      count += num_pieces(branch->rank, branch->stop - branch->start);
+    // In one run for each thread, so that a piece that asks for what lies behind it asks for this thread's next.
+    const Range mine = share(count, thread, threads);
+    for (const Branch* branch = job.branches; branch < job.branches + num_branches; ++branch)
+      pieces(branch->rank, branch->start, branch->stop, mine, piece,
+             [&](int64_t rank0, int64_t ranks, int64_t begin, int64_t end) LORAMUX_LAMBDA {
+               down(job, *branch, rank0, ranks, begin, end);
+             });
     job.pool.barrier();
   }
   int64_t total = 0;
@@ -480,11 +577,15 @@ void run(void* argument, int thread, int threads) {
   const int64_t chunks = (c.m * c.k * static_cast<int64_t>(sizeof(int16_t)) + kRowBytes - 1) / kRowBytes;
   const int64_t groups_of_chunk = (job.groups + chunks - 1) / chunks;
   static thread_local Scratch scratch;
+  static thread_local Upcoming factors, next;
+  ask_for_next(c, thread, threads, (mine.end - mine.begin) * chunks * (c.k / kBlock), next);
   const int64_t scales = 2 * c.k / kBlock * kTile;
   Buffers b;
   b.scales = scratch.get<float>(scales + (groups_of_chunk * kMostRows + 2) * kTile + kPairs * kTile);
   b.totals = b.scales + scales;
   b.panel = reinterpret_cast<int32_t*>(b.totals + (groups_of_chunk * kMostRows + 2) * kTile);
+  b.factors = &factors;
+  b.next = &next;
   for (int64_t group = 0; group < job.groups; group += groups_of_chunk) {
     const int64_t group1 = std::min(group + groups_of_chunk, job.groups);
     const int64_t begin = job.first_row(group), end = job.first_row(group1);
@@ -493,7 +594,9 @@ void run(void* argument, int thread, int threads) {
       const Part& part = c.parts[p];
       const int64_t count = tiles(part.n), last = std::min(mine.end - before, count);
       for (int64_t tile = std::max<int64_t>(mine.begin - before, 0); tile < last; ++tile) {
-        if (c.m == 1 && part.dense == nullptr && tile + 1 < last) {
+        const bool two = c.m == 1 && part.dense == nullptr && tile + 1 < last;
+        ask_for_factors(job, p, tile, two ? 2 : 1, factors);
+        if (two) {
           multiply_row<2>(job, part, tile, b);
           finish(job, p, tile, 0, 1, b.totals);
           finish(job, p, ++tile, 0, 1, b.totals + kTile);
