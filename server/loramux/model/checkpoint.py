@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource
 from loramux.model.surgery import place_sites
-from loramux.model.weights import WeightReader, parameters
+from loramux.model.weights import WeightReader, buffers, parameters
 
 SHARD_BYTES = 2 << 30
 
@@ -32,6 +32,7 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
     dense = parameters(skeleton)
     reader = WeightReader(source, skeleton.base_model_prefix)
     shards = _Shards(out)
+    shards.add({name: reader.dense(name).to(buffer.dtype) for name, buffer in buffers(skeleton, reader)})
     total = len(linears) + len(dense)
     for done, linear in enumerate(linears, 1):
         site = linear.site
@@ -68,7 +69,8 @@ def write_description(
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     if source.generation_config is not None:
-        source.generation_config.save_pretrained(out)
+        # Not save_pretrained, which refuses what many checkpoints have: a temperature without do_sample.
+        source.generation_config.to_json_file(out / "generation_config.json")
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(out)  # type: ignore[attr-defined]
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

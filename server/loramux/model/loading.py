@@ -21,7 +21,7 @@ from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
 from loramux.model.surgery import connect, place_sites
 from loramux.model.tokenizer import Tokenizer
-from loramux.model.weights import SiteChange, WeightReader, fill, parameters
+from loramux.model.weights import SiteChange, WeightReader, buffers, fill, parameters
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache
 from loramux.ops.select import select_backend
@@ -59,7 +59,7 @@ def load_model(
     adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
     called after each tensor, compiling(done, total) after each file if native operations are compiled. merging(sites)
     gives what to merge into the layers; those that it changes are dense. Raises StartupError (bad source or device) or
-    UnsupportedModel (cannot be served), with the reason.
+    UnsupportedModel (cannot be served), with the reason; InvalidAdapter for what cannot be merged.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -116,6 +116,7 @@ def dequantized_model(
         if names[0] not in state:
             key = next((n for n in names if reader.find(n) is not None), names[0])
             state[names[0]] = reader.dense(key).to(dtype).clone()
+    state |= {name: reader.dense(name).to(buffer.dtype).clone() for name, buffer in buffers(dense, reader)}
     dense.load_state_dict(state, strict=False, assign=True)
     dense.tie_weights()
     if opened.generation_config is not None:
