@@ -12,6 +12,7 @@ from loramux import merge as merging
 from loramux.errors import AdapterUnavailable, FolderExists, InvalidAdapter, InvalidRequest
 from loramux.merge import Ingredient, merge
 from loramux.model.loading import dequantized_model
+from loramux.quantize import quantize_to
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -121,7 +122,10 @@ def test_qalora_is_merged_as_it_is_served(base: Path, tmp_path: Path) -> None:
     ("dtype", "limit"),
     [("bf16", 0.05), ("fp16", 0.005), ("fp32", 1e-6)],
 )
-def test_the_error_of_dora_is_of_its_whole_change(dtype: str, limit: float, base: Path, tmp_path: Path) -> None:
+def test_the_error_of_dora_is_of_its_whole_change(
+    dtype: str, limit: float, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_ROWS", 48)  # several blocks, the last of another size
     adapter = save_adapter(tmp_path / "a", use_dora=True)
     report = merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype=dtype)
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -258,6 +262,26 @@ def test_a_weight_of_zero_is_the_base_and_divides_by_nothing(base: Path, tmp_pat
     report = merge(str(base), [Ingredient("a", adapter, 0.0)], tmp_path / "out")
     assert report.overall == math.inf
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["overall_error"] is None
+
+
+def test_buffers_of_the_checkpoint_are_not_lost(tmp_path: Path) -> None:
+    """gemma4 multiplies each layer's output with one, which is no parameter."""
+    shape = {"sliding_window": 7, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    base = save_tiny(
+        "gemma4_text", tmp_path / "base", **shape, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    )
+    weights = load_file(base / "model.safetensors")
+    for i, name in enumerate(n for n in weights if n.endswith("layer_scalar")):
+        weights[name] = torch.tensor([0.4 + 0.2 * i])
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = peft_adapter(base, tmp_path / "a", r=4, target_modules=["q_proj", "down_proj"])
+    merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
+    quantize_to(str(base), tmp_path / "nf4", lambda done, total: None)
+    logits, greedy = batched(base, {adapter: 1.0})
+    theirs, text = dense(tmp_path / "out")
+    assert relative(theirs, logits) < 1e-4
+    assert text == greedy
+    assert relative(batched(tmp_path / "nf4", {adapter: 1.0})[0], logits) < 1e-2
 
 
 def test_bad_places_are_refused(base: Path, tmp_path: Path) -> None:

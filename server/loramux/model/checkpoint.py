@@ -69,8 +69,7 @@ def write_description(
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     if source.generation_config is not None:
-        # Not save_pretrained, which refuses what many checkpoints have: a temperature without do_sample.
-        source.generation_config.to_json_file(out / "generation_config.json")
+        source.generation_config.save_pretrained(out)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(out)  # type: ignore[attr-defined]
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
