@@ -152,7 +152,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         target_modules=tuple(sorted({site.name.rpartition(".")[2] for site in model.sites})),
         merged_adapter="" if settings.merged is None else settings.merged.name,
     )
-    merger = MergeProcess(settings.model, settings.merge_dir)
+    merger = MergeProcess(loaded.place, settings.merge_dir)
     server = Server(settings, Parts(engine, adapters, tokenizer, info, merger))
     return Application(settings, loaded, engine, adapters, server)
 

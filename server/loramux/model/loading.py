@@ -33,10 +33,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to serve, its tokenizer if the source has one, and what was merged into it, if anything was."""
+    """A model ready to serve, its tokenizer if the source has one, and what was merged into it, if anything was.
+
+    `place` opens the same source again (model.sources.TensorSource).
+    """
 
     model: CausalLM
     tokenizer: Tokenizer | None
+    place: str
     merged: SiteChange | None = None
 
 
@@ -92,7 +96,8 @@ def load_model(
     fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
     model.shortcut = Shortcut.find(skeleton, model.max_context)
     prove_flat(model)
-    return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer), change)
+    tokenizer = None if opened.tokenizer is None else Tokenizer(opened.tokenizer)
+    return LoadedModel(model, tokenizer, opened.place, change)
 
 
 def dequantized_model(
