@@ -1,6 +1,28 @@
-"""Settings of the whole test run."""
+"""Settings of the whole test run, and what several rooms' tests need."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
 
 # Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def qalora_on_any_base() -> Iterator[None]:
+    """PEFT computes QA-LoRA for GPTQ bases only, and those need a GPU; its own variant works on any linear layer."""
+    from peft import LoraConfig
+    from peft.tuners.lora import layer, variants
+
+    plain = layer.Linear.resolve_lora_variant
+
+    def resolve(self: layer.Linear, *, config: LoraConfig, **kwargs: Any) -> Any:
+        return variants.QALoraLinearVariant() if config.use_qalora else plain(self, config=config, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.Linear, "resolve_lora_variant", resolve)
+        yield

@@ -60,16 +60,21 @@ def prepare_model(
     merged = settings.merged
     merging: Callable[[Sequence[Site]], Delta] | None = None
     if merged is not None:
-        merging = partial(_delta, merged, AdapterRoots(settings.adapter_dir))
-    loaded = load_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_context=settings.max_context,
-        progress=progress,
-        compiling=compiling,
-        merging=merging,
-    )
+        merging = partial(_delta, merged, _roots(settings))
+    try:
+        loaded = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_context=settings.max_context,
+            progress=progress,
+            compiling=compiling,
+            merging=merging,
+        )
+    except LoramuxError as error:
+        if merged is None or isinstance(error, StartupError):
+            raise
+        raise StartupError(f"--merged {merged.name}: {error.message}") from error
     model = loaded.model
     if model.shortcut is not None:
         # All that is worth several threads has those of the native operations. Torch's own may spin for
@@ -82,12 +87,13 @@ def prepare_model(
 
 
 def _delta(adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site]) -> Delta:
-    """What `--merged` names. Raises StartupError."""
-    try:
-        files = read_adapter(roots.resolve(adapter.source or adapter.name), sites, limits=ReadLimits())
-        return Delta([(files, 1.0)])
-    except LoramuxError as error:
-        raise StartupError(f"--merged {adapter.name}: {error.message}") from error
+    """What `--merged` names."""
+    return Delta([(read_adapter(roots.resolve(adapter.source or adapter.name), sites, limits=ReadLimits()), 1.0)])
+
+
+def _roots(settings: Settings) -> AdapterRoots:
+    hub = Hub(settings.adapter_hub, cache_root() / "hub", ReadLimits()) if settings.adapter_hub else None
+    return AdapterRoots(settings.adapter_dir, hub)
 
 
 def assemble(settings: Settings, loaded: LoadedModel) -> Application:
@@ -124,10 +130,9 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         files = read_adapter(folder, model.sites, limits=limits)
         return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize))
 
-    hub = Hub(settings.adapter_hub, cache_root() / "hub", limits) if settings.adapter_hub else None
     adapters = AdapterManager(
         registry,
-        AdapterRoots(settings.adapter_dir, hub),
+        _roots(settings),
         read_and_place,
         measure=lambda folder: 0 if loaded.merged is not None else measure(folder, model.dtype.itemsize, limits),
         limits=limits,
@@ -147,7 +152,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         target_modules=tuple(sorted({site.name.rpartition(".")[2] for site in model.sites})),
         merged_adapter="" if settings.merged is None else settings.merged.name,
     )
-    merger = MergeProcess(settings.model, settings.merge_dir)
+    merger = MergeProcess(loaded.place, settings.merge_dir)
     server = Server(settings, Parts(engine, adapters, tokenizer, info, merger))
     return Application(settings, loaded, engine, adapters, server)
 

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -213,15 +214,19 @@ def generate(
 
 
 def _mix(text: str) -> dict[str, float]:
-    weights = {}
+    weights: dict[str, float] = {}
     for item in text.split(","):
         name, equals, weight = item.partition("=")
+        name = name.strip()
         try:
-            weights[name.strip()] = float(weight) if equals else 1.0
+            number = float(weight) if equals else 1.0
         except ValueError:
-            raise typer.BadParameter(
-                f"{item!r}: write NAME=WEIGHT, e.g. sql=0.7,json=0.3", param_hint="--mix"
-            ) from None
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise typer.BadParameter(f"{item!r}: write NAME=WEIGHT, e.g. sql=0.7,json=0.3", param_hint="--mix")
+        if name in weights:
+            raise typer.BadParameter(f"{name!r} appears twice; give it one weight", param_hint="--mix")
+        weights[name] = number
     return weights
 
 
@@ -237,6 +242,8 @@ def merge(
     ] = None,
 ) -> None:
     """Write base + adapter (or a mix) as a dense Hugging Face model; needs no server. See docs/merge.md.
+
+    LoRA, QA-LoRA and DoRA; a DoRA adapter by itself, not in a mix.
 
     Examples:
 

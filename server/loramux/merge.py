@@ -1,8 +1,8 @@
 """`loramux merge`: base + adapters as an ordinary dense model folder, complete or not at all.
 
-W' = dequant(W) + Σ w·s·B·A is summed in fp32 from the canonical NF4 weights and rounded once, to the type it is written
-in. Tensors are read, merged, measured and written one at a time. Never into NF4: that erases small deltas, see
-docs/merge.md.
+W' = dequant(W) + Σ w·s·B·A, or c ⊙ (dequant(W) + s·B·A) of a DoRA adapter, is computed in fp32 from the canonical NF4
+weights and rounded once, to the type it is written in. Tensors are read, merged, measured and written one at a time.
+Never into NF4: that erases small deltas, see docs/merge.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from loramux.errors import AdapterUnavailable, InvalidAdapter
 from loramux.lora.delta import Delta
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.limits import ReadLimits
-from loramux.lora.peft_files import AdapterFiles, all_finite, read_adapter
+from loramux.lora.mixing import Part, check_mix
+from loramux.lora.peft_files import AdapterFiles, read_adapter
 from loramux.merge_report import MERGE_REPORT, LayerError, MergeReport, MergeTerm
 from loramux.model.checkpoint import write_description
 from loramux.model.loading import DTYPES
@@ -33,7 +34,7 @@ from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
 from loramux.model.surgery import place_sites
 from loramux.model.tensor_file import TensorFile
-from loramux.model.weights import WeightReader, parameters
+from loramux.model.weights import WeightReader, buffers, parameters, rounded
 from loramux.new_folder import check_new, new_folder
 from loramux.ops.site import Site
 
@@ -66,9 +67,9 @@ def merge(
     progress(done, total) is called before each tensor and after the last; what it raises ends the merge. The folder
     appears when all of it is on disk; after a failure nothing is left, and what a killed merge left is cleared first.
 
-    Raises FolderExists or InvalidRequest (`out`), StartupError (the source), InvalidAdapter (files, a bias that the
-    architecture cannot hold, numbers that `dtype` cannot), AdapterUnavailable (files that changed since their digest
-    was taken).
+    Raises FolderExists or InvalidRequest (`out`), InvalidRequest (DoRA in a mix), StartupError (the source),
+    InvalidAdapter (files, a bias that the architecture cannot hold, numbers that `dtype` cannot), AdapterUnavailable
+    (files that changed since their digest was taken).
     """
     check_new(out)
     opened = open_source(source) if isinstance(source, str) else source
@@ -77,6 +78,7 @@ def merge(
     linears = place_sites(skeleton)
     sites = [linear.site for linear in linears]
     read = [_read(ingredient, sites) for ingredient in ingredients]
+    check_mix([Part(i.name, files.mixable, i.weight) for i, files in zip(ingredients, read, strict=True)])
     delta = Delta([(files, ingredient.weight) for files, ingredient in zip(read, ingredients, strict=True)])
     created = [m.site for m in linears if not m.has_bias and delta.bias(m.site) is not None]
     if created:
@@ -132,15 +134,19 @@ class _Merge:
         for names, parameter in parameters(skeleton):
             key = next((n for n in names if self._reader.find(n) is not None), names[0])
             yield _Item(names[0], tuple(parameter.shape), partial(self._other, key))
+        for name, buffer in buffers(skeleton, self._reader):
+            yield _Item(name, tuple(buffer.shape), partial(self._other, name))
 
     def _weight(self, site: Site) -> Tensor:
         """[N, K], or [K, N] for a transposed site."""
         weight = self._reader.base(site, _CPU).dequantize(torch.float32)
         if self._delta.changes(site):
-            written = self._checked(weight + self._delta.weight(site), f"{site.name}.weight")
+            merged = weight.clone()
+            self._delta.apply(site, merged)
+            written = self._rounded(merged, f"{site.name}.weight")
             self.layers.append(self._measure(site, weight, written))
         else:
-            written = self._checked(weight, f"{site.name}.weight")
+            written = self._rounded(weight, f"{site.name}.weight")
         return written.T if site.transposed else written
 
     def _bias(self, site: Site) -> Tensor:
@@ -148,30 +154,23 @@ class _Merge:
         name = f"{site.name}.bias"
         bias = torch.zeros(site.out_features) if self._reader.find(name) is None else self._reader.dense(name).float()
         delta = self._delta.bias(site)
-        return self._checked(bias if delta is None else bias + delta, name)
+        return self._rounded(bias if delta is None else bias + delta, name)
 
     def _other(self, key: str) -> Tensor:
-        return self._checked(self._reader.dense(key).float(), key)
+        return self._rounded(self._reader.dense(key).float(), key)
 
-    def _checked(self, tensor: Tensor, name: str) -> Tensor:
-        """In the output's type. Raises InvalidAdapter for numbers that do not fit into it."""
-        cast = tensor.to(self._dtype)
-        if not all_finite(cast):
-            raise InvalidAdapter(
-                name,
-                f"has numbers up to {float(tensor.abs().max()):.3g} once merged, which {self._dtype} cannot hold; "
-                "merge with --dtype bf16 or fp32",
-                reason="NOT_FINITE",
-            )
-        return cast
+    def _rounded(self, tensor: Tensor, name: str) -> Tensor:
+        return rounded(tensor, self._dtype, name)
 
     def _measure(self, site: Site, weight: Tensor, written: Tensor) -> LayerError:
-        """‖W' − (W + ΔW)‖ of what is written, against W + ΔW in fp64; by blocks of rows."""
+        """‖W' − (W + ΔW)‖ of what is written, against W + ΔW in fp64; by blocks of rows. ΔW is the whole change."""
         squares = torch.zeros(3, dtype=torch.float64)
         for start in range(0, site.out_features, _ROWS):
             rows = slice(start, start + _ROWS)
-            base, delta = weight[rows].double(), self._delta.weight(site, torch.float64, rows)
-            for i, difference in enumerate((written[rows].double() - (base + delta), delta, base)):
+            base = weight[rows].double()
+            exact = base.clone()
+            self._delta.apply(site, exact, rows)
+            for i, difference in enumerate((written[rows].double() - exact, exact - base, base)):
                 squares[i] += difference.square().sum()
         error, change, size = squares.sqrt().tolist()
         return LayerError(site.name, error, change, size)

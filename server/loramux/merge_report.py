@@ -13,7 +13,7 @@ MERGE_REPORT = "merge_report.json"
 class LayerError:
     """One changed layer. Frobenius norms over all its weights, summed in fp64: ‖W' − (W + ΔW)‖, ‖ΔW‖ and ‖W‖.
 
-    W' is what was written, W the dequantized base.
+    W' is what was written, W the dequantized base, ΔW the whole change: of DoRA, what it does to the rows' norms too.
     """
 
     layer: str

@@ -58,6 +58,7 @@ def main(hold: Callable[[int, int], None] = lambda done, total: None) -> None:
 
 
 def _leave(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end what clears away
     raise SystemExit(128 + number)
 
 

@@ -57,7 +57,9 @@ def _writing(target: Path) -> Iterator[Path]:
         os.fsync(held)
         try:
             scratch.rename(target)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
             raise _exists(target) from None
         os.fsync(parent)
     finally:
@@ -70,8 +72,13 @@ def _writing(target: Path) -> Iterator[Path]:
 
 def check_new(target: Path) -> None:
     """Raises what `new_folder` would."""
-    if os.path.lexists(target):
+    try:
+        os.lstat(target)
         raise _exists(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, say
+        raise InvalidRequest("output", f"{target} cannot be made: {error.strerror}") from error
     if not target.parent.is_dir():
         raise InvalidRequest("output", f"{target.parent} is no folder to write into; make it first")
 
@@ -83,7 +90,10 @@ def _exists(target: Path) -> FolderExists:
 def _clear(parent: Path) -> None:
     """Remove what writers that were killed left behind."""
     for path in parent.glob(f".*{_MARK}*"):
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # it was complete and renamed just now, or it is somebody else's
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)

@@ -31,6 +31,8 @@ def peft_adapter(base: Path, folder: Path, **options: object) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn_like(parameter) * 0.1
+        if "lora_magnitude_vector" in name:
+            parameter.data *= 1 + torch.randn_like(parameter) * 0.2
     model.save_pretrained(folder)
     return folder
 
@@ -40,8 +42,9 @@ def batched(
 ) -> tuple[torch.Tensor, list[int]]:
     """Logits [prompt, V] and the greedy continuation of PROMPT, with the adapters' branches over NF4."""
     model = load_model(str(base), dtype=dtype).model
+    sites, dequantize = model.sites, model.dequantize
     weights = [
-        (Adapter.build(read_adapter(f, model.sites, limits=ReadLimits()), model.sites, model.device, model.dtype), w)
+        (Adapter.build(read_adapter(f, sites, limits=ReadLimits()), sites, model.device, model.dtype, dequantize), w)
         for f, w in adapters.items()
     ]
     model.allocate_kv(32, 4)
@@ -51,10 +54,14 @@ def batched(
     return logits, greedy_flat(model, [PROMPT], steps, whole)[0]
 
 
-@torch.inference_mode()
 def dense(folder: Path, steps: int = STEPS) -> tuple[torch.Tensor, list[int]]:
     """The same by transformers alone, from a merged folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return answers(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(), steps)
+
+
+@torch.inference_mode()
+def answers(model: Any, steps: int = STEPS) -> tuple[torch.Tensor, list[int]]:
+    """The same by a model of transformers or PEFT."""
     model.generation_config.eos_token_id = None
     ids = torch.tensor([PROMPT])
     out = model.generate(

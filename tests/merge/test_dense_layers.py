@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from loramux.errors import InvalidAdapter
 from loramux.lora.delta import Delta
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
@@ -48,6 +50,22 @@ def test_merged_logits_are_the_batched_ones(base: Path, tmp_path: Path) -> None:
     assert relative(answer(merged(base, adapter, "bf16"))[0], expected) < max(2 * in_batch, 2**-7)
 
 
+def test_dora_merged_is_the_batched_one(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", use_dora=True)
+    expected, greedy = batched(base, {adapter: 1.0})
+    logits, text = answer(merged(base, adapter, "fp32"))
+    assert relative(logits, expected) < 1e-4
+    assert text == greedy
+    in_batch = relative(batched(base, {adapter: 1.0}, "bf16")[0], expected)
+    assert relative(answer(merged(base, adapter, "bf16"))[0], expected) < max(2 * in_batch, 2**-7)
+
+
+def test_numbers_that_the_compute_type_cannot_hold_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", lora_alpha=1e8)
+    with pytest.raises(InvalidAdapter, match=r"torch.float16 cannot hold; use --dtype bf16"):
+        merged(base, adapter, "fp16")
+
+
 def test_only_the_layers_that_change_are_dense(base: Path, tmp_path: Path) -> None:
     whole = load_model(str(base), dtype="bf16").model.facts
     adapter = save_adapter(tmp_path / "a", layers=1)
@@ -75,9 +93,16 @@ def test_a_merged_folder_is_loaded_as_it_is(base: Path, tmp_path: Path) -> None:
     assert relative(dense(tmp_path / "both")[0], expected) < 1e-4
 
 
-def test_conv1d_layers(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_conv1d_layers(kind: dict[str, bool], tmp_path: Path) -> None:
     base = save_tiny("gpt2", tmp_path / "base")
-    options = {"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    options: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["c_attn", "c_fc"],
+        "fan_in_fan_out": True,
+    } | kind
     adapter = peft_adapter(base, tmp_path / "a", **options)
     expected, greedy = batched(base, {adapter: 1.0})
     merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")

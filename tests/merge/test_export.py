@@ -12,11 +12,12 @@ from loramux import merge as merging
 from loramux.errors import AdapterUnavailable, FolderExists, InvalidAdapter, InvalidRequest
 from loramux.merge import Ingredient, merge
 from loramux.model.loading import dequantized_model
+from loramux.quantize import quantize_to
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tests.merge.recipes import batched, config_of, dense, peft_adapter, relative, scale_deltas
+from tests.merge.recipes import answers, batched, config_of, dense, peft_adapter, relative, scale_deltas
 from tests.model.tiny import save_tiny
 from tests.server.stack import save_adapter, save_model
 
@@ -36,6 +37,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": ["o_proj", "down_proj"]}),
         ("qwen2", {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"]}),
         ("gpt2", {"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+        ("gpt2", {"r": 4, "lora_bias": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("qwen2", {"r": 3, "lora_alpha": 9, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
+        ("llama", {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": "all-linear"}),
+        ("llama", {"r": 5, "use_dora": True, "use_rslora": True, "target_modules": ["o_proj", "up_proj"]}),
+        ("qwen2", {"r": 3, "lora_alpha": 9, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+        ("gpt2", {"r": 8, "use_dora": True, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ],
 )
 def test_every_weight_is_what_peft_merges(family: str, options: dict[str, object], tmp_path: Path) -> None:
@@ -47,7 +54,41 @@ def test_every_weight_is_what_peft_merges(family: str, options: dict[str, object
     assert ours.keys() <= theirs.keys()
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    assert dense(tmp_path / "out")[1] == batched(base, {adapter: 1.0})[1]
+    (logits, text), (expected, greedy) = dense(tmp_path / "out"), batched(base, {adapter: 1.0})
+    assert relative(logits, expected) < 1e-4
+    assert relative(logits, batched(base, {})[0]) > 0.01, "an adapter that changes nothing proves nothing"
+    assert text == greedy
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": "all-linear", "use_dora": True}),
+        ("llama", {"target_modules": ["q_proj", "o_proj"], "lora_bias": True}),
+        ("llama", {"target_modules": "all-linear", "use_qalora": True, "qalora_group_size": 16}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "lora_bias": True}),
+        (
+            "gpt2",
+            {
+                "target_modules": ["c_attn", "c_fc"],
+                "fan_in_fan_out": True,
+                "use_qalora": True,
+                "qalora_group_size": 8,
+            },
+        ),
+    ],
+)
+@pytest.mark.usefixtures("qalora_on_any_base")
+def test_the_folder_answers_as_peft_does_unmerged(family: str, options: dict[str, object], tmp_path: Path) -> None:
+    base = save_tiny(family, tmp_path / "base")
+    adapter = peft_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8, **options)
+    merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
+    logits, text = dense(tmp_path / "out")
+    expected, greedy = answers(PeftModel.from_pretrained(dequantized_model(str(base)), adapter).eval())
+    assert relative(logits, expected) < 1e-4
+    assert relative(logits, answers(dequantized_model(str(base)))[0]) > 0.01
+    assert text == greedy
 
 
 def test_the_folder_answers_in_transformers_as_the_batch_does_here(base: Path, tmp_path: Path) -> None:
@@ -77,11 +118,53 @@ def test_qalora_is_merged_as_it_is_served(base: Path, tmp_path: Path) -> None:
     assert relative(theirs, logits) < 1e-4
 
 
-def test_dora_is_refused_with_the_way_out(base: Path, tmp_path: Path) -> None:
-    adapter = peft_adapter(base, tmp_path / "a", r=4, use_dora=True, target_modules=["q_proj"])
-    with pytest.raises(InvalidAdapter, match="serve it in the batch"):
-        merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [("bf16", 0.05), ("fp16", 0.005), ("fp32", 1e-6)],
+)
+def test_the_error_of_dora_is_of_its_whole_change(
+    dtype: str, limit: float, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_ROWS", 48)  # several blocks, the last of another size
+    adapter = save_adapter(tmp_path / "a", use_dora=True)
+    report = merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype=dtype)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    dense = dequantized_model(str(base)).state_dict()
+    factors = load_file(adapter / "adapter_model.safetensors")
+    assert len(report.layers) == 21
+    for layer in report.layers:
+        key, w = f"base_model.model.{layer.layer}", dense[f"{layer.layer}.weight"].double()
+        b, a = factors[f"{key}.lora_B.weight"].double(), factors[f"{key}.lora_A.weight"].double()
+        summed = w + 2.0 * b @ a
+        exact = summed * (factors[f"{key}.lora_magnitude_vector"].double() / summed.norm(dim=1)).unsqueeze(1)
+        assert layer.delta_norm == pytest.approx(float((exact - w).norm()), rel=1e-9)
+        assert layer.base_norm == pytest.approx(float(w.norm()), rel=1e-9)
+        error = float((written[f"{layer.layer}.weight"].double() - exact).norm())
+        assert layer.error_norm == pytest.approx(error, rel=1e-6)
+        assert layer.error <= limit
+
+
+@pytest.mark.parametrize("mix", [{"dora": 0.5}, {"dora": 1.0, "plain": 0.5}, {"plain": 0.5, "dora": 1.0}])
+def test_dora_in_a_mix_is_refused_with_the_way_out(mix: dict[str, float], base: Path, tmp_path: Path) -> None:
+    folders = {"dora": save_adapter(tmp_path / "a", use_dora=True), "plain": save_adapter(tmp_path / "b")}
+    with pytest.raises(InvalidRequest, match=r"'dora' is a DoRA adapter.*ask for it alone, with weight 1") as caught:
+        merge(str(base), [Ingredient(n, folders[n], w) for n, w in mix.items()], tmp_path / "out")
+    assert caught.value.field == f"mix[{list(mix).index('dora')}].adapter"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_magnitude_that_no_row_of_the_base_has_is_refused(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3] = 0.0
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = save_adapter(tmp_path / "a", use_dora=True)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][3] = 0.0
+    save_file(factors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapter, match=r"layers.1.mlp.up_proj.lora_magnitude_vector: .* which is 0"):
+        merge(str(base), [Ingredient("a", adapter)], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
 def test_a_mix_is_the_weighted_sum(base: Path, tmp_path: Path) -> None:
@@ -146,7 +229,7 @@ def test_a_bias_that_the_architecture_cannot_hold_is_refused(tmp_path: Path) -> 
 
 def test_numbers_that_fp16_cannot_hold_are_refused_and_nothing_is_left(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "a", lora_alpha=1e8)
-    with pytest.raises(InvalidAdapter, match=r"torch.float16 cannot hold; merge with --dtype bf16"):
+    with pytest.raises(InvalidAdapter, match=r"torch.float16 cannot hold; use --dtype bf16"):
         merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp16")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -179,6 +262,26 @@ def test_a_weight_of_zero_is_the_base_and_divides_by_nothing(base: Path, tmp_pat
     report = merge(str(base), [Ingredient("a", adapter, 0.0)], tmp_path / "out")
     assert report.overall == math.inf
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["overall_error"] is None
+
+
+def test_buffers_of_the_checkpoint_are_not_lost(tmp_path: Path) -> None:
+    """gemma4 multiplies each layer's output with one, which is no parameter."""
+    shape = {"sliding_window": 7, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    base = save_tiny(
+        "gemma4_text", tmp_path / "base", **shape, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    )
+    weights = load_file(base / "model.safetensors")
+    for i, name in enumerate(n for n in weights if n.endswith("layer_scalar")):
+        weights[name] = torch.tensor([0.4 + 0.2 * i])
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = peft_adapter(base, tmp_path / "a", r=4, target_modules=["q_proj", "down_proj"])
+    merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
+    quantize_to(str(base), tmp_path / "nf4", lambda done, total: None)
+    logits, greedy = batched(base, {adapter: 1.0})
+    theirs, text = dense(tmp_path / "out")
+    assert relative(theirs, logits) < 1e-4
+    assert text == greedy
+    assert relative(batched(tmp_path / "nf4", {adapter: 1.0})[0], logits) < 1e-2
 
 
 def test_bad_places_are_refused(base: Path, tmp_path: Path) -> None:

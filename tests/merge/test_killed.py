@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,38 @@ def hold(done, total):
 
 merge(sys.argv[1], [Ingredient("a", Path(sys.argv[2]))], Path(sys.argv[3]), progress=hold)
 """
+
+
+# Is told to end in the middle, and again when it has begun to clear away: a drain and a client that goes do that.
+TOLD_TWICE = """
+import os, shutil, signal
+from loramux import new_folder
+from loramux.merge_worker import main
+
+remove = shutil.rmtree
+
+def rmtree(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    remove(*args, **options)
+
+def hold(done, total):
+    if done == total // 2:
+        new_folder.shutil.rmtree = rmtree
+        os.kill(os.getpid(), signal.SIGTERM)
+
+main(hold)
+"""
+
+
+def test_a_worker_that_is_told_to_end_twice_leaves_nothing(tmp_path: Path) -> None:
+    base, adapter, out = save_model(tmp_path / "base"), save_adapter(tmp_path / "a"), tmp_path / "out" / "merged"
+    out.parent.mkdir()
+    job = {"model": str(base), "parts": [["a", str(adapter), 1.0, ""]], "out": str(out), "dtype": "bf16"}
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_TWICE], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert list(out.parent.iterdir()) == []
 
 
 def held(base: Path, adapter: Path, out: Path, halves: int) -> subprocess.Popen[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -28,8 +30,9 @@ from loramux.errors import (
     PathNotAllowed,
 )
 from loramux.merge_process import MergeProcess
+from loramux.model import sources
 
-from tests.merge.recipes import dense
+from tests.merge.recipes import batched, dense, relative
 from tests.server.stack import Stack, save_adapter, save_model, serving
 
 # The worker, which waits at its fifth tensor while there is a file `hold`: until somebody writes to `go`, or ends it.
@@ -138,6 +141,57 @@ async def test_files_that_changed_since_the_load_are_refused(rig: Rig) -> None:
     await rig.stack.admin.unload("c")
 
 
+async def test_a_registered_adapter_is_read_only_under_the_roots(rig: Rig, tmp_path: Path) -> None:
+    """A folder that was found and not read yet may be a link; merging must not read what loading may not."""
+    roots = rig.stack.application.settings.adapter_dir[0]
+    (roots / "linked").symlink_to(save_adapter(tmp_path / "secret"))
+    rig.stack.application.adapters.registry.register("linked", str(roots / "linked"))
+    await refused(rig, PathNotAllowed, "outside the adapter roots", name="linked")
+    await rig.stack.admin.unload("linked")
+
+
+async def test_dora_is_merged_by_itself_only(rig: Rig) -> None:
+    folder = save_adapter(rig.stack.application.settings.adapter_dir[0] / "dora", use_dora=True)
+    await rig.stack.admin.load("dora")
+    sentence = "'dora' is a DoRA adapter.*ask for it alone"
+    error = await refused_at_last(rig, {"a": 0.5, "dora": 0.5})
+    assert error.reason == "ADAPTER_NOT_MIXABLE"
+    assert re.search(sentence, error.message)
+    last = [step async for step in rig.stack.admin.merge("dora", output="of-dora", dtype="fp32")][-1]
+    assert isinstance(last, Merged)
+    assert 0 < last.overall_error < 1e-5
+    expected, greedy = batched(Path(rig.stack.application.settings.model), {folder: 1.0})
+    logits, text = dense(rig.out / "of-dora")
+    assert relative(logits, expected) < 1e-4
+    assert text == greedy
+
+
+async def refused_at_last(rig: Rig, mix: dict[str, float]) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        async for _ in rig.stack.admin.merge(output="mixed", mix=mix):
+            pass
+    assert not (rig.out / "mixed").exists()
+    return caught.value
+
+
+async def test_an_adapter_that_is_unloaded_meanwhile_is_merged_all_the_same(rig: Rig) -> None:
+    folder = save_adapter(rig.stack.application.settings.adapter_dir[0] / "going", seed=7)
+    digest = (await rig.stack.admin.load("going")).digest
+    rig.held(hold=True)
+    steps = rig.stack.admin.merge("going", output="gone")
+    async for step in steps:
+        if isinstance(step, Merging) and step.done == 5:
+            break
+    await rig.stack.admin.unload("going")
+    shutil.rmtree(folder)
+    await asyncio.to_thread((rig.hold.parent / "go").write_text, "go")
+    rest = [step async for step in steps]
+    rig.held(hold=False)
+    assert isinstance(rest[-1], Merged)
+    report = json.loads((rig.out / "gone" / "merge_report.json").read_text())
+    assert [(a["name"], a["digest"]) for a in report["adapters"]] == [("going", digest)]
+
+
 async def test_one_at_a_time_requests_meanwhile_and_a_cancel_that_leaves_nothing(rig: Rig) -> None:
     clear(rig.out)
     rig.held(hold=True)
@@ -182,6 +236,21 @@ async def test_a_worker_that_is_killed_is_an_error_and_the_next_merge_clears_its
     assert [p.name.startswith(".killed") for p in rig.out.iterdir()] == [True]
     assert isinstance((await rig.merge("killed"))[-1], Merged)
     assert [p.name for p in rig.out.iterdir()] == ["killed"]
+
+
+async def test_of_a_hubs_base_what_is_served_is_merged(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch may have moved on since the server loaded it."""
+    commit = rig.stack.application.settings.model
+    monkeypatch.setattr(sources, "_download", lambda model, revision: Path(commit))
+    adapters = rig.stack.application.settings.adapter_dir[0]
+    async with serving(Path("acme/base"), adapters, merge_dir=tmp_path) as stack:
+        await stack.admin.load("a")
+        # The worker is a process of its own, where the hub has no such model.
+        last = [step async for step in stack.admin.merge("a", output="new")][-1]
+    assert isinstance(last, Merged)
+    assert json.loads((tmp_path / "new" / "merge_report.json").read_text())["model"] == commit
 
 
 async def test_a_drain_ends_the_merge(rig: Rig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from loramux import assembly
 from loramux.config import Settings
 from loramux.errors import AdapterUnavailable, StartupError
 from loramux.values import StartAdapter
@@ -63,9 +64,26 @@ async def test_everything_else_is_refused_with_the_way_out(folders: tuple[Path, 
         assert (await stack.client.generate(PROMPT, adapter="a", max_new_tokens=2)).usage.completion_tokens == 2
 
 
+async def test_dora_and_an_adapter_from_a_hub(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """--adapter-hub counts for --merged, too."""
+    cache = folders[1].parent / "cache"
+    monkeypatch.setattr(assembly, "cache_root", lambda: cache)
+    save_adapter(cache / "hub" / f"acme--dora@{'0' * 40}", use_dora=True)
+    source = f"hub:acme/dora@{'0' * 40}"
+    async with serving(*folders, adapter_hub=("acme/*",)) as stack:
+        await stack.admin.load("d", source)
+        batched = await stack.client.generate(PROMPT, adapter="d", max_new_tokens=24)
+    async with serving(*folders, adapter_hub=("acme/*",), merged=StartAdapter("d", source)) as stack:
+        assert (await stack.client.generate(PROMPT, adapter="d", max_new_tokens=24)).text == batched.text
+
+
 async def test_what_cannot_be_merged_ends_the_start(folders: tuple[Path, Path]) -> None:
     with pytest.raises(StartupError, match=r"--merged nobody: .*there is no folder"):
         async with serving(*folders, merged=StartAdapter("nobody")):
+            pass
+    save_adapter(folders[1] / "huge", lora_alpha=1e8)
+    with pytest.raises(StartupError, match=r"--merged huge: .*float16 cannot hold; use --dtype bf16"):
+        async with serving(*folders, dtype="fp16", merged=StartAdapter("huge")):
             pass
     with pytest.raises(StartupError, match="--merged serves one adapter"):
         Settings(merged=StartAdapter("a"), adapter=(StartAdapter("b"),))

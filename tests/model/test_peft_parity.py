@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,15 @@ from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.loading import dequantized_model, load_model
 from loramux.ops.segment import Segment
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import layer, variants
+from peft.tuners.lora import layer
 
 from tests.model.tiny import greedy_flat, save_tiny
 
 # PEFT warns of lora_bias on layers without a bias (which matters for merging) and takes it for a broken shard.
-pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
+    pytest.mark.usefixtures("qalora_on_any_base"),
+]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA: dict[str, dict[str, Any]] = {
     **{f"r={r}": {"r": r, "lora_alpha": 2 * r, "target_modules": LINEAR} for r in (1, 3, 8, 16, 64, 200)},
@@ -172,19 +174,6 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def qalora_on_any_base() -> Iterator[None]:
-    """PEFT computes QA-LoRA for GPTQ bases only, and those need a GPU; its own variant works on any linear layer."""
-    plain = layer.Linear.resolve_lora_variant
-
-    def resolve(self: layer.Linear, *, config: LoraConfig, **kwargs: Any) -> Any:
-        return variants.QALoraLinearVariant() if config.use_qalora else plain(self, config=config, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer.Linear, "resolve_lora_variant", resolve)
-        yield
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from loramux.engine.request import AdapterUse, SamplingParams
 from loramux.engine.settings import EngineSettings
 from loramux.errors import InvalidRequest
+from loramux.lora import mixing
 
 MAX_SEED = 2**64 - 1
 MAX_PENALTY = 2.0
@@ -62,15 +63,7 @@ def check_mix(adapters: Sequence[AdapterUse]) -> None:
 
     So it is asked again once they have loaded.
     """
-    for i, use in enumerate(adapters):
-        if not use.handle.mixable and (len(adapters) > 1 or use.weight != 1.0):
-            raise InvalidRequest(
-                f"mix[{i}].adapter",
-                f"{use.handle.name!r} is a DoRA adapter: it scales the base's outputs, so it cannot be weighted or "
-                "added to others; ask for it alone, with weight 1",
-                reason="ADAPTER_NOT_MIXABLE",
-                metadata={"adapter": use.handle.name},
-            )
+    mixing.check_mix([mixing.Part(use.handle.name, use.handle.mixable, use.weight) for use in adapters])
 
 
 def check_sampling(p: SamplingParams, limits: Limits) -> None:

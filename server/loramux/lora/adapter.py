@@ -72,7 +72,8 @@ class Adapter:
         """Lay out, scale and cast on the host, then place with one allocation and one copy.
 
         `dequantize` gives a fresh float32 [out, in] of a site's weight, on any device; only DoRA needs it, and holds
-        one at a time. Raises InvalidAdapter for a tensor whose scaled numbers do not fit into `dtype`.
+        one at a time. Raises InvalidAdapter for a tensor whose scaled numbers do not fit into `dtype`, and for a DoRA
+        magnitude that does not fit the base.
         """
         layout = lay_out([_factors(f) for f in files.factors], dtype.itemsize)
         host = torch.zeros(layout.elements, dtype=dtype)
@@ -89,7 +90,9 @@ class Adapter:
                 views.bias.copy_(f.bias.float() * f.scale)
             if views.scale is not None:
                 assert dequantize is not None, "DoRA needs the base's weights"
-                views.scale.copy_(_dora_scale(f, dequantize(f.site)))
+                weight = dequantize(f.site)
+                f.add_to(weight)
+                views.scale.copy_(f.output_scale(weight))
             _check_finite(f.site, views)
             offsets[f.site.index] = torch.tensor([at.a, at.b, at.bias, at.scale])
             ranks[f.site.index] = f.rank
@@ -103,17 +106,6 @@ class Adapter:
 
 def _factors(f: SiteFactors) -> Factors:
     return Factors(f.site, f.rank, f.bias is not None, f.magnitude is not None)
-
-
-def _dora_scale(f: SiteFactors, weight: Tensor) -> Tensor:
-    """magnitude / ‖W + s·B·A‖, the norm over the inputs: float32 [out]. Overwrites `weight`, which is W [out, in].
-
-    From the factors as the file has them, as PEFT does (tuners/lora/dora.py), not as the compute dtype rounds them.
-    """
-    assert f.magnitude is not None
-    a, b, magnitude = (t.to(weight.device, torch.float32) for t in (f.a, f.b, f.magnitude))
-    norm: Tensor = torch.linalg.vector_norm(weight.addmm_(b, a, alpha=f.scale), dim=1)
-    return magnitude / norm
 
 
 def _views(buffer: Tensor, at: Offsets, rank: int, site: Site) -> LoraWeights:
@@ -136,10 +128,3 @@ def _check_finite(site: Site, views: LoraWeights) -> None:
                 "lora_alpha",
                 reason="NOT_FINITE",
             )
-    if views.scale is not None and not all_finite(views.scale):
-        raise InvalidAdapter(
-            f"{site.name}.lora_magnitude_vector",
-            "cannot be divided by the norm of W + s*B*A, which is 0 or too large in some rows; the adapter was trained "
-            "on another base, or the training diverged",
-            reason="NOT_FINITE",
-        )

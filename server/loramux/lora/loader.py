@@ -68,6 +68,10 @@ class Loader:
         entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source), {}))
         return entry
 
+    async def folder(self, entry: AdapterEntry) -> Path:
+        """Where its files are, if they may be read: what is registered has not been resolved yet."""
+        return await self._workers.run(self._job(), self._roots.resolve, entry.source)
+
     async def abort(self, name: str, error: LoramuxError) -> bool:
         """End the load of `name` that runs, if one does.
 

@@ -164,6 +164,10 @@ class AdapterManager:
         """What `name` means now. Raises AdapterNotFound."""
         return self.registry.get(name)
 
+    async def folder(self, entry: AdapterEntry) -> Path:
+        """The folder of its files. Raises what `load` raises for a source that may not be read or is not there."""
+        return await self._loader.folder(entry)
+
     def pin(self, name: str, pinned: bool) -> AdapterEntry:
         """Pin or unpin. Raises AdapterNotFound."""
         return self.registry.pin(name, pinned)

@@ -39,6 +39,29 @@ class SiteFactors:
     magnitude: Tensor | None = None
     pooling: int = 1
 
+    def add_to(self, weight: Tensor, share: float = 1.0, rows: slice = slice(None)) -> None:
+        """Add share·s·B·A to W [out, in] (or some of its rows) in its place, in its dtype and on its device."""
+        a, b = (t.to(weight.device, weight.dtype) for t in (self.a, self.b[rows]))
+        weight.addmm_(b, a.repeat_interleave(self.pooling, dim=1), alpha=share * self.scale)
+
+    def output_scale(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """DoRA's magnitude / ‖W + s·B·A‖, the norm over the inputs: [out]. `weight` is that sum, or some of its rows.
+
+        From the factors as the file has them, as PEFT does (tuners/lora/dora.py), not as the compute dtype rounds
+        them. Raises InvalidAdapter where the quotient is no finite number.
+        """
+        assert self.magnitude is not None
+        norm = torch.linalg.vector_norm(weight, dim=1)
+        scale: Tensor = self.magnitude[rows].to(norm.device, norm.dtype) / norm
+        if not all_finite(scale):
+            raise InvalidAdapter(
+                f"{self.site.name}.lora_magnitude_vector",
+                "cannot be divided by the norm of W + s*B*A, which is 0 or too large in some rows; the adapter was "
+                "trained on another base, or the training diverged",
+                reason="NOT_FINITE",
+            )
+        return scale
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFiles:
@@ -47,6 +70,11 @@ class AdapterFiles:
     config: PeftConfig
     digest: str
     factors: tuple[SiteFactors, ...]
+
+    @property
+    def mixable(self) -> bool:
+        """Whether what it adds can be added to what others add: not so for DoRA."""
+        return not self.config.use_dora
 
 
 def read_adapter(folder: Path, sites: Sequence[Site], *, limits: ReadLimits) -> AdapterFiles:

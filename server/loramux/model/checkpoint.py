@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource
 from loramux.model.surgery import place_sites
-from loramux.model.weights import WeightReader, parameters
+from loramux.model.weights import WeightReader, buffers, parameters
 
 SHARD_BYTES = 2 << 30
 
@@ -32,6 +32,7 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
     dense = parameters(skeleton)
     reader = WeightReader(source, skeleton.base_model_prefix)
     shards = _Shards(out)
+    shards.add({name: reader.dense(name).to(buffer.dtype) for name, buffer in buffers(skeleton, reader)})
     total = len(linears) + len(dense)
     for done, linear in enumerate(linears, 1):
         site = linear.site

@@ -21,7 +21,7 @@ from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
 from loramux.model.surgery import connect, place_sites
 from loramux.model.tokenizer import Tokenizer
-from loramux.model.weights import SiteChange, WeightReader, fill, parameters
+from loramux.model.weights import SiteChange, WeightReader, buffers, fill, parameters
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache
 from loramux.ops.select import select_backend
@@ -33,10 +33,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to serve, its tokenizer if the source has one, and what was merged into it, if anything was."""
+    """A model ready to serve, its tokenizer if the source has one, and what was merged into it, if anything was.
+
+    `place` opens the same source again (model.sources.TensorSource).
+    """
 
     model: CausalLM
     tokenizer: Tokenizer | None
+    place: str
     merged: SiteChange | None = None
 
 
@@ -59,7 +63,7 @@ def load_model(
     adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
     called after each tensor, compiling(done, total) after each file if native operations are compiled. merging(sites)
     gives what to merge into the layers; those that it changes are dense. Raises StartupError (bad source or device) or
-    UnsupportedModel (cannot be served), with the reason.
+    UnsupportedModel (cannot be served), with the reason; InvalidAdapter for what cannot be merged.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -92,7 +96,8 @@ def load_model(
     fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
     model.shortcut = Shortcut.find(skeleton, model.max_context)
     prove_flat(model)
-    return LoadedModel(model, None if opened.tokenizer is None else Tokenizer(opened.tokenizer), change)
+    tokenizer = None if opened.tokenizer is None else Tokenizer(opened.tokenizer)
+    return LoadedModel(model, tokenizer, opened.place, change)
 
 
 def dequantized_model(
@@ -116,6 +121,7 @@ def dequantized_model(
         if names[0] not in state:
             key = next((n for n in names if reader.find(n) is not None), names[0])
             state[names[0]] = reader.dense(key).to(dtype).clone()
+    state |= {name: reader.dense(name).to(buffer.dtype).clone() for name, buffer in buffers(dense, reader)}
     dense.load_state_dict(state, strict=False, assign=True)
     dense.tie_weights()
     if opened.generation_config is not None:

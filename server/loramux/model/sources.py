@@ -25,6 +25,7 @@ class TensorSource(ABC):
     """A checkpoint whose tensors are read one by one."""
 
     name: str
+    place: str  # what opens the same again: `name`, but of a hub's model the folder with the commit that was opened
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     tokenizer: object | None
@@ -46,8 +47,9 @@ class TensorSource(ABC):
 class FolderSource(TensorSource):
     """config.json and *.safetensors in a folder, dense or NF4 as bitsandbytes writes it."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, place: str | None = None) -> None:
         self.name = name
+        self.place = place or name
         if not (folder / "config.json").is_file():
             raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
         try:
@@ -117,7 +119,7 @@ class GgufSource(TensorSource):
     """A GGUF file, dequantized by transformers. The whole dense model passes through memory once."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.name = name
+        self.name = self.place = name
         try:
             from transformers import GgufConfig
         except ImportError:  # before 5.20 the file name alone asked for dequantization
@@ -155,7 +157,8 @@ def open_source(model: str, *, revision: str | None = None) -> TensorSource:
             raise StartupError(f"{model}: a model is a Hugging Face folder or id, a .gguf file, or one of {_names()}")
         return GgufSource(path, model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return FolderSource(_download(model, revision), model)
+        folder = _download(model, revision)
+        return FolderSource(folder, model, str(folder))
     raise StartupError(f"{model}: no such folder or file, and no embedded model of that name ({_names()})")
 
 

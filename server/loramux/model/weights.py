@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loramux.errors import UnsupportedModel
+from loramux.errors import InvalidAdapter, UnsupportedModel
 from loramux.model.modules import SiteLinear
 from loramux.model.sources import TensorSource
 from loramux.ops.backend import LinearPart
@@ -25,7 +25,7 @@ class SiteChange(Protocol):
     """What is merged into a base while it is read (lora.delta.Delta is one)."""
 
     def changes(self, site: Site) -> bool: ...
-    def weight(self, site: Site) -> Tensor: ...
+    def apply(self, site: Site, weight: Tensor) -> None: ...
     def bias(self, site: Site) -> Tensor | None: ...
 
 
@@ -102,18 +102,22 @@ def fill(
 ) -> Iterator[str]:
     """Load every weight of the skeleton, yielding the name of each as it is done (for progress bars).
 
-    A layer that `change` changes is dense afterwards, summed in float32 and rounded once, to `dtype`.
+    A layer that `change` changes is dense afterwards, computed in float32 and rounded once, to `dtype`. Raises
+    InvalidAdapter for what `dtype` cannot hold then, and what `change` raises.
     """
     for linear in linears:
         site = linear.site
         weight = reader.base(site, device)
         bias = reader.dense(f"{site.name}.bias").to(device) if linear.has_bias else None
         if change is not None and change.changes(site):
-            weight = DenseWeight(weight.dequantize(torch.float32) + change.weight(site).to(device))
+            values = weight.dequantize(torch.float32)
+            change.apply(site, values)
+            weight = DenseWeight(rounded(values, dtype, f"{site.name}.weight").contiguous())
             if (added := change.bias(site)) is not None:
-                bias = added.to(device) if bias is None else bias.float() + added.to(device)
+                summed = added.to(device) if bias is None else bias.float() + added.to(device)
+                bias = rounded(summed, dtype, f"{site.name}.bias")
                 linear.has_bias = True
-        if isinstance(weight, DenseWeight):
+        elif isinstance(weight, DenseWeight):
             weight = DenseWeight(weight.values.to(dtype, copy=True, memory_format=torch.contiguous_format))
         linear.part = LinearPart(weight, None if bias is None else bias.to(dtype))
         yield site.name
@@ -128,14 +132,32 @@ def fill(
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._parameters[leaf] = filled
         yield key
-    persistent = set(model.state_dict())
-    for name, buffer in list(model.named_buffers()):
-        if name in persistent and reader.find(name) is not None:
-            buffer.copy_(reader.dense(name))
+    for name, buffer in buffers(model, reader):
+        buffer.copy_(reader.dense(name))
     for module in model.modules():
         for name, held in module._buffers.items():
             if held is not None:
                 module._buffers[name] = held.to(device)
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """In `dtype`. Raises InvalidAdapter if it is `name`, after a merge, that has numbers which `dtype` cannot hold."""
+    cast = tensor.to(dtype)
+    low, high = torch.aminmax(cast)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise InvalidAdapter(
+            name,
+            f"has numbers up to {float(tensor.abs().max()):.3g} once merged, which {dtype} cannot hold; use --dtype "
+            "bf16 or fp32",
+            reason="NOT_FINITE",
+        )
+    return cast
+
+
+def buffers(model: nn.Module, reader: WeightReader) -> list[tuple[str, Tensor]]:
+    """The skeleton's buffers that belong to a checkpoint (gemma4's layer_scalar) and that this one has."""
+    belonging = set(model.state_dict())
+    return [(n, b) for n, b in model.named_buffers() if n in belonging and reader.find(n) is not None]
 
 
 def parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from pathlib import Path
 
 from loramux.engine.client import EngineClient
 from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, Overloaded
@@ -151,13 +150,16 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             raise InvalidRequest("name", "is empty; name the adapter to merge, or give a mix")
         if request.dtype not in _DTYPES:
             raise InvalidRequest("dtype", f"{request.dtype} is none of MergeDtype")
-        ingredients = [self._ingredient(name, weight) for name, weight in wanted]
+        ingredients = [await self._ingredient(name, weight) for name, weight in wanted]
         async with aclosing(self._merger.merge(ingredients, request.output, _DTYPES[request.dtype])) as steps:
             async for step in steps:
                 await self._send(context, _merging(step), "the merge was stopped")
 
-    def _ingredient(self, name: str, weight: float) -> Ingredient:
-        """The files of a loaded adapter. Raises AdapterNotFound, or AdapterUnavailable for one that is not ready."""
+    async def _ingredient(self, name: str, weight: float) -> Ingredient:
+        """The files of a loaded or registered adapter.
+
+        Raises AdapterNotFound, AdapterUnavailable for one that is not ready, and what AdapterManager.folder does.
+        """
         entry = self._manager.get(name)
         if entry.error is not None:
             raise AdapterUnavailable(entry.error.message, metadata=entry.error.metadata)
@@ -165,7 +167,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             raise AdapterUnavailable(
                 f"adapter {name!r} is being loaded; merge it when it is ready", metadata={"adapter": name}
             )
-        return Ingredient(name, Path(entry.source), weight, entry.digest)
+        return Ingredient(name, await self._manager.folder(entry), weight, entry.digest)
 
     async def _send(self, context: Context, message: object, then: str) -> None:
         """Write one message; it waits here while the client's flow-control window is full."""
