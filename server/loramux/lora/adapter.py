@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loramux.errors import InvalidAdapter
+from loramux.lora.host_memory import allocate
 from loramux.lora.layout import ALIGN_BYTES, Factors, Offsets, lay_out
 from loramux.lora.peft_files import AdapterFiles, SiteFactors, all_finite
 from loramux.ops.segment import AdapterWeights, LoraWeights
@@ -76,16 +77,17 @@ class Adapter:
         magnitude that does not fit the base.
         """
         layout = lay_out([_factors(f) for f in files.factors], dtype.itemsize)
-        host = torch.zeros(layout.elements, dtype=dtype)
-        offsets = torch.full((len(sites), 4), -1, dtype=torch.int64)
-        ranks = torch.zeros(len(sites), dtype=torch.int32)
+        host = torch.frombuffer(allocate(layout.elements * dtype.itemsize), dtype=dtype, count=layout.elements)
+        offsets = [(-1, -1, -1, -1)] * len(sites)
+        ranks = [0] * len(sites)
+        written: dict[int, LoraWeights] = {}
         for f in files.factors:
             assert sites[f.site.index] == f.site, "sites are numbered by their place"
             at = layout.offsets[f.site.index]
-            views = _views(host, at, f.rank, f.site)
+            views = written[f.site.index] = _views(host, at, f.rank, f.site)
             views.a.unflatten(1, (-1, f.pooling)).copy_(f.a.unsqueeze(2))
             # The product is taken in fp32, so that the compute dtype rounds once.
-            views.b.copy_(f.b.float() * f.scale)
+            torch.mul(f.b.float(), f.scale, out=views.b)
             if views.bias is not None and f.bias is not None:
                 views.bias.copy_(f.bias.float() * f.scale)
             if views.scale is not None:
@@ -93,15 +95,19 @@ class Adapter:
                 weight = dequantize(f.site)
                 f.add_to(weight)
                 views.scale.copy_(f.output_scale(weight))
-            _check_finite(f.site, views)
-            offsets[f.site.index] = torch.tensor([at.a, at.b, at.bias, at.scale])
+            offsets[f.site.index] = at.a, at.b, at.bias, at.scale
             ranks[f.site.index] = f.rank
+        if not all_finite(host):  # or scales, whose halves mean nothing as numbers of `dtype`
+            for f in files.factors:
+                _check_finite(f.site, written[f.site.index])
         buffer = host.to(device)
-        assert buffer.data_ptr() % ALIGN_BYTES == 0, "torch allocates at 64-byte boundaries"
-        factors = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
-        weights = AdapterWeights(buffer, offsets, ranks, factors)
+        assert buffer.data_ptr() % ALIGN_BYTES == 0, "pages, and what torch allocates, start at such boundaries"
+        placed = written
+        if buffer is not host:
+            placed = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
+        weights = AdapterWeights(buffer, torch.tensor(offsets), torch.tensor(ranks, dtype=torch.int32), placed)
         targets = tuple(sorted({f.site.name.rpartition(".")[2] for f in files.factors}))
-        return cls(buffer, weights, offsets, ranks, files.digest, targets)
+        return cls(buffer, weights, weights.offsets, weights.ranks, files.digest, targets)
 
 
 def _factors(f: SiteFactors) -> Factors:

@@ -5,8 +5,10 @@ Knows files, shapes and scales; not devices, names of adapters, or who may read 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -91,6 +93,7 @@ def read_adapter(folder: Path, sites: Sequence[Site], *, limits: ReadLimits) -> 
     factors = [
         _site_factors(module, by_module[module], parts[module], snapshot, config, limits) for module in by_module
     ]
+    _check_finite(snapshot)
     return AdapterFiles(config, snapshot.digest, tuple(sorted(factors, key=lambda f: f.site.index)))
 
 
@@ -214,20 +217,32 @@ def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str
 
 
 def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:
-    """The entry's numbers as a view into the snapshot; all of them finite."""
-    dtype = _DTYPES[entry.dtype]
-    flat = torch.frombuffer(snapshot.weights, dtype=dtype, count=entry.nbytes // dtype.itemsize, offset=entry.start)
-    if not all_finite(flat):
-        bad = int((~torch.isfinite(flat)).sum())
-        raise InvalidAdapter(
-            entry.key,
-            f"holds {bad} NaN or Inf among {flat.numel()} numbers; the training diverged or the file is damaged",
-            reason="NOT_FINITE",
-        )
-    return flat.view(entry.shape)
+    """The entry's numbers as a view into the snapshot."""
+    return _numbers(entry, snapshot, entry.nbytes).view(entry.shape)
+
+
+def _numbers(first: TensorEntry, snapshot: FolderSnapshot, nbytes: int) -> Tensor:
+    dtype = _DTYPES[first.dtype]
+    return torch.frombuffer(snapshot.weights, dtype=dtype, count=nbytes // dtype.itemsize, offset=first.start)
+
+
+def _check_finite(snapshot: FolderSnapshot) -> None:
+    """Raises InvalidAdapter for the first tensor with NaN or Inf. Neighbours of one dtype are looked at in one go."""
+    for _, run in groupby(snapshot.entries, key=lambda entry: entry.dtype):
+        entries = list(run)
+        if all_finite(_numbers(entries[0], snapshot, sum(entry.nbytes for entry in entries))):
+            continue
+        for entry in entries:
+            if not all_finite(flat := _numbers(entry, snapshot, entry.nbytes)):
+                bad = int((~torch.isfinite(flat)).sum())
+                raise InvalidAdapter(
+                    entry.key,
+                    f"holds {bad} NaN or Inf among {flat.numel()} numbers; the training diverged or the file is "
+                    "damaged",
+                    reason="NOT_FINITE",
+                )
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or Inf; in one pass without a temporary, since aminmax hands NaN on."""
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))

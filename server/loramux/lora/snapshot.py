@@ -21,6 +21,7 @@ from pathlib import Path
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.header import LENGTH_BYTES, TensorEntry, header_length, parse_header
+from loramux.lora.host_memory import allocate
 from loramux.lora.layout import SCALE_BYTES, aligned
 from loramux.lora.limits import ReadLimits
 from loramux.lora.matching import parse_key
@@ -36,7 +37,7 @@ class FolderSnapshot:
     """The bytes of both files, the checked header of the second, and the digest of both."""
 
     config: bytes
-    weights: bytearray
+    weights: memoryview
     entries: tuple[TensorEntry, ...]
     digest: str
 
@@ -153,18 +154,18 @@ def _start(file: BufferedReader, digest: hashlib._Hash) -> int:
     return size
 
 
-def _read(file: BufferedReader, digest: hashlib._Hash) -> bytearray:
+def _read(file: BufferedReader, digest: hashlib._Hash) -> memoryview:
     """All bytes of an open file, hashed while they are warm."""
-    data = bytearray(_start(file, digest))
-    view = memoryview(data)
+    size = _start(file, digest)
+    view = memoryview(allocate(size))[:size]
     done = 0
-    while done < len(data):
+    while done < size:
         count = file.readinto(view[done : done + _CHUNK])
         if not count:
             raise _changed(file)
         digest.update(view[done : done + count])
         done += count
-    return data
+    return view
 
 
 def _changed(file: BufferedReader) -> InvalidAdapter:
