@@ -153,6 +153,10 @@ class AdapterManager:
             raise _still_used(name, entries, drain_timeout, then)
         assert cancel is not None, "cancel_after_timeout needs the way to cancel a request"
         requests = {request for entry in entries for request in entry.leases}
+        # A request that is still on its way to the engine is none that `cancel` could find; its lease stops it there.
+        stopped = Cancelled("an operator unloaded this request's adapter", reason="ADAPTER_UNLOADED")
+        for entry in entries:
+            self.registry.tiers.revoke(entry, stopped)
         for request in requests:
             cancel(request)
         if not await self._drained(entries, self._cancel_grace):
