@@ -39,7 +39,7 @@ MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_p
 
 
 class ByteTokens:
-    """One token a byte. A prompt that begins with "slow:" takes until `go` is set."""
+    """One token a byte."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -113,13 +113,17 @@ def write_adapter(root: Path, name: str, content: bytes = b"weights") -> Path:
     return folder
 
 
+class Loaded(SimpleNamespace):
+    """A LoadedAdapter without tensors; unlike its base it can be referred to weakly."""
+
+
 def read_adapter(folder: Path) -> Any:
     """What lora.peft_files would do, without tensors."""
     content = (folder / WEIGHTS_FILE).read_bytes()
     if content.startswith(b"bad"):
         raise InvalidAdapter("lora_A", "holds NaN")
     digest = folder_digest(folder, ReadLimits())
-    return SimpleNamespace(
+    return Loaded(
         weights={0: digest},
         nbytes=len(content),
         digest=digest,
@@ -189,6 +193,8 @@ async def running(
     host_budget: int = 0,
     scan_interval: float | None = None,
     server_type: type[Server] = Server,
+    read: Callable[[Path], Any] = read_adapter,
+    tokens: ByteTokens | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """Serve the adapters (folders are made) on free ports. `script`: with a ScriptedEngine."""
@@ -203,9 +209,7 @@ async def running(
 
     engine: Any
     async with AsyncExitStack() as after:
-        manager = AdapterManager(
-            registry, AdapterRoots([root]), read_adapter, load_timeout=5.0, scan_interval=scan_interval
-        )
+        manager = AdapterManager(registry, AdapterRoots([root]), read, load_timeout=5.0, scan_interval=scan_interval)
         if script is not None:
             engine = ScriptedEngine(script, on_finish=release)
         else:
@@ -220,10 +224,11 @@ async def running(
         values = {"port": 0, "admin_port": 0, "metrics_port": 0, "drain_timeout": 5.0} | settings
         server = server_type(
             Settings(api_key=api_key, admin_key=admin_key, **values),
-            Parts(engine, manager, ByteTokens(), MODEL, MergeProcess("fake", None)),
+            Parts(engine, manager, tokens or ByteTokens(), MODEL, MergeProcess("fake", None)),
         )
         addresses = await server.start()
-        after.push_async_callback(server.drain)
+        # A request that never ends must not hide the assertion that told of it.
+        after.push_async_callback(lambda: asyncio.wait_for(server.drain(), 10.0))
         if load:
             for name in adapters:
                 await manager.load(name)

@@ -9,24 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
-import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from loramux.v1 import adapters_pb2 as ad
 from loramux.v1 import adapters_pb2_grpc, generation_pb2_grpc
 from loramux.v1 import generation_pb2 as pb
-from safetensors.torch import load_file, save_file
 
-from tests.server.stack import Stack, save_adapter
+from tests.server.stack import Stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 GENERATE = "/loramux.v1.GenerationService/Generate"
@@ -181,108 +176,6 @@ async def test_requests(stack: Stack) -> None:
     await good.during(send_all())
     assert good.answers >= 3
     await stack.settle(baseline)
-
-
-def broken(root: Path) -> dict[str, tuple[str, str]]:
-    """Adapter folders of every kind that must be refused: label → (source, status)."""
-    made: dict[str, tuple[str, str]] = {}
-
-    def folder(label: str, edit: Callable[[Path], None], status: str = INVALID, **config: Any) -> None:
-        name = f"broken-{len(made)}"
-        edit(save_adapter(root / name, **config))
-        made[label] = (name, status)
-
-    def tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-        def edit(path: Path) -> None:
-            held = load_file(path / "adapter_model.safetensors")
-            change(held)
-            save_file(held, path / "adapter_model.safetensors")
-
-        return edit
-
-    q = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = "adapter_model.safetensors"
-    made["missing"] = ("not-there", INVALID)
-    folder("empty", lambda p: [f.unlink() for f in p.iterdir()] and None)
-    folder("no weights", lambda p: (p / weights).unlink())
-    folder("no config", lambda p: (p / "adapter_config.json").unlink())
-    folder("truncated", lambda p: os.truncate(p / weights, 5000))
-    folder("truncated header", lambda p: os.truncate(p / weights, 20))
-    folder("zero bytes", lambda p: (p / weights).write_bytes(b"") and None)
-    folder("garbage", lambda p: (p / weights).write_bytes(os.urandom(4096)) and None)
-    folder("header bomb", lambda p: (p / weights).write_bytes((1 << 60).to_bytes(8, "little")) and None)
-    folder("config not JSON", lambda p: (p / "adapter_config.json").write_text("{") and None)
-    folder("config a list", lambda p: (p / "adapter_config.json").write_text("[]") and None)
-
-    def pickled(path: Path) -> None:
-        (path / weights).unlink()
-        torch.save({}, path / "adapter_model.bin")
-
-    folder("pickled", pickled)
-    folder("NaN", tensors(lambda t: t[f"{q}.lora_A.weight"].__setitem__((0, 0), NAN)))
-    folder("infinite", tensors(lambda t: t[f"{q}.lora_B.weight"].__setitem__((0, 0), math.inf)))
-    folder("half a pair", tensors(lambda t: t.__delitem__(f"{q}.lora_B.weight")))
-    folder("unknown key", tensors(lambda t: t.__setitem__("base_model.model.foo.lora_A.weight", torch.ones(4, 64))))
-    folder("integer weights", tensors(lambda t: t.__setitem__(f"{q}.lora_A.weight", torch.ones(4, 64).to(torch.int32))))
-    folder("a rank that lies", lambda p: None, r=7)
-    folder("of another base: width", tensors(lambda t: t.__setitem__(f"{q}.lora_A.weight", torch.ones(4, 96))))
-    folder("of another base: depth", lambda p: None, layers=5)
-    folder("bias", lambda p: None, bias="all")
-    folder("modules_to_save", lambda p: None, modules_to_save=["lm_head"])
-    folder("not LoRA", lambda p: None, peft_type="IA3")
-    folder("DoRA without a magnitude", tensors(lambda t: t.__delitem__(f"{q}.lora_magnitude_vector")), use_dora=True)
-    folder("DoRA of NaN", tensors(lambda t: t[f"{q}.lora_magnitude_vector"].__setitem__(0, NAN)), use_dora=True)
-    folder("QA-LoRA of another group size", lambda p: None, use_qalora=True, qalora_group_size=7)
-    folder("PiSSA", lambda p: None, init_lora_weights="pissa")
-    folder("unknown field", lambda p: None, use_magic=True)
-    outside = root.parent / "outside"
-    save_adapter(outside / "secret")
-    made["leaves the root by .."] = ("../outside/secret", "PERMISSION_DENIED")
-    made["absolute path outside"] = (str(outside / "secret"), "PERMISSION_DENIED")
-    (root / "link").symlink_to(outside / "secret")
-    made["leaves the root by a link"] = ("link", "PERMISSION_DENIED")
-
-    def linked(path: Path) -> None:
-        (path / weights).unlink()
-        (path / weights).symlink_to(outside / "secret" / weights)
-
-    folder("a file that is a link out", linked, "PERMISSION_DENIED")
-    made["NUL in the path"] = ("a\0b", INVALID)
-    return made
-
-
-async def test_adapters(stack: Stack, folders: tuple[Path, Path]) -> None:
-    good = Background(stack)
-    await good.learn()
-    baseline = stack.counts()
-    cases = broken(folders[1])
-    assert len(cases) >= 25
-    service: Any = adapters_pb2_grpc.AdapterServiceStub(  # type: ignore[no-untyped-call]
-        grpc.aio.insecure_channel(stack.addresses.admin)
-    )
-
-    async def load_all() -> None:
-        for label, (source, status) in cases.items():
-            for validate_only in (True, False):
-                try:
-                    await service.LoadAdapter(
-                        ad.LoadAdapterRequest(name="bad", source=source, validate_only=validate_only)
-                    )
-                except grpc.aio.AioRpcError as error:
-                    assert error.code().name == status, f"{label}: {error.code()} {error.details()}"
-                    assert error_info(error).domain == "loramux", label
-                else:
-                    raise AssertionError(f"{label} was loaded")
-
-    await good.during(load_all())
-    assert {e.state.name for e in stack.application.adapters.registry.entries() if e.name == "bad"} <= {"FAILED"}
-    with pytest.raises(grpc.RpcError) as caught:
-        await stack.channel.unary_unary(GENERATE)(request(adapter="bad").SerializeToString())
-    assert caught.value.code().name in ("FAILED_PRECONDITION", "NOT_FOUND")
-    if stack.counts()["adapters"] > baseline["adapters"]:
-        await stack.admin.unload("bad")
-    await stack.settle(baseline)
-    shutil.rmtree(folders[1].parent / "outside")
 
 
 async def test_names(stack: Stack) -> None:

@@ -57,7 +57,8 @@ class Lease:
     """One request's hold on one load of an adapter: the handle that the engine sees. Only `Tiers` writes to it.
 
     `weights` is None until it is this request's turn; then the adapter is on the device until the lease is released.
-    `error` is set instead if that cannot be. Each is written once.
+    `error` is set instead if that cannot be, or later if an operator takes the adapter back: then it ends a request
+    that has not started to compute. Each is written once.
     """
 
     entry: AdapterEntry

@@ -146,19 +146,22 @@ class AdapterManager:
             entries = self.registry.draining(name)
             if not entries and not aborted:
                 raise AdapterNotFound(name)
-        freed = sum(entry.nbytes for entry in entries)
         if await self._drained(entries, drain_timeout):
-            return Unloaded(freed, 0)
+            return Unloaded(_freed(entries), 0)
         if not cancel_after_timeout:
             then = "the drain goes on; unload again to wait or to cancel"
             raise _still_used(name, entries, drain_timeout, then)
         assert cancel is not None, "cancel_after_timeout needs the way to cancel a request"
         requests = {request for entry in entries for request in entry.leases}
+        # A request that is still on its way to the engine is none that `cancel` could find; its lease stops it there.
+        stopped = Cancelled("an operator unloaded this request's adapter", reason="ADAPTER_UNLOADED")
+        for entry in entries:
+            self.registry.tiers.revoke(entry, stopped)
         for request in requests:
             cancel(request)
         if not await self._drained(entries, self._cancel_grace):
             raise _still_used(name, entries, self._cancel_grace, "they were cancelled and have not ended yet")
-        return Unloaded(freed, len(requests))
+        return Unloaded(_freed(entries), len(requests))
 
     def get(self, name: str) -> AdapterEntry:
         """What `name` means now. Raises AdapterNotFound."""
@@ -222,6 +225,11 @@ class AdapterManager:
     def list(self) -> Sequence[AdapterEntry]:
         """All adapters, draining ones included, by name."""
         return self.registry.entries()
+
+
+def _freed(entries: Sequence[AdapterEntry]) -> int:
+    """What they took when they went: one that was asked for may have come to the device during its drain only."""
+    return sum(entry.nbytes for entry in entries)
 
 
 def _still_used(name: str, entries: Sequence[AdapterEntry], seconds: float | None, then: str) -> DeadlineExceeded:

@@ -130,6 +130,13 @@ class Tiers:
                 lease.error = error
         self.advance()
 
+    def revoke(self, entry: AdapterEntry, error: LoramuxError) -> None:
+        """Who holds the entry and has not started to compute ends with `error`, on the way to the engine or in it."""
+        for lease in entry.leases.values():
+            if lease.error is None:
+                lease.error = error
+        self.advance()
+
     def drop(self, entry: AdapterEntry) -> None:
         """The entry is gone: nothing of it stays in any memory."""
         self._forget_host(entry)
