@@ -86,8 +86,8 @@ class Adapter:
             at = layout.offsets[f.site.index]
             views = written[f.site.index] = _views(host, at, f.rank, f.site)
             views.a.unflatten(1, (-1, f.pooling)).copy_(f.a.unsqueeze(2))
-            # The product is taken in fp32, so that the compute dtype rounds once.
-            torch.mul(f.b.float(), f.scale, out=views.b)
+            # The product is taken in fp32, so that the compute dtype rounds once; of one dtype, torch does so itself.
+            torch.mul(f.b if f.b.dtype == dtype else f.b.float(), f.scale, out=views.b)
             if views.bias is not None and f.bias is not None:
                 views.bias.copy_(f.bias.float() * f.scale)
             if views.scale is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.roots import WEIGHTS_FILE
@@ -43,6 +44,7 @@ class FactorKey:
     part: str
 
 
+@lru_cache(maxsize=8192)
 def parse_key(key: str) -> FactorKey:
     """The parts of a key such as "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
 
