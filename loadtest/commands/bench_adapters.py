@@ -25,7 +25,6 @@ from loadtest.server_process import ServerAddress, serve
 from loadtest.shapes import linear_shapes, read_config
 from loadtest.target import Target
 from loadtest.trend import MIB
-from loadtest.workload import Spread
 
 RANKS = (8, 16, 32, 64)
 FEW = 5
@@ -84,7 +83,8 @@ def run_bench_adapters(
             highlight=False,
             soft_wrap=True,
         )
-        lines = registered(model, written, work, adapters, budget_for * sum(sizes) // distinct, requests, warmup, runs)
+        budget = budget_for * sum(sizes) // distinct
+        lines = registered(model, written, work, adapters, budget_for, budget, requests, warmup, runs)
         lines += hotswap(model, written, work, swap_seconds, seed)
         lines += merge(model, merge_adapter.resolve(), work, runs)
     for fields in lines:
@@ -133,23 +133,39 @@ class Served(NamedTuple):
 
 
 def registered(
-    model: str, written: list[Path], work: Path, adapters: int, budget: int, requests: int, warmup: int, runs: int
+    model: str,
+    written: list[Path],
+    work: Path,
+    adapters: int,
+    resident: int,
+    budget: int,
+    requests: int,
+    warmup: int,
+    runs: int,
 ) -> list[dict[str, Any]]:
-    """The many and the few, each on a server of its own with the same flags, in turn; one line a popularity and ratio.
+    """The many, the few, and as many as there is room for: each on a server of its own with the same flags, in turn.
 
-    Both servers run all the while: each finds its memory as its own traffic left it.
+    The last are what tells loads from batches of many different adapters: they have the batches without the loads. All
+    servers run all the while: each finds its memory as its own traffic left it.
     """
-    popularities = [Popularity(adapters, "zipf"), Popularity(FEW, "zipf"), Popularity(adapters, "uniform")]
+    popularities = [
+        Popularity(adapters, "zipf"),
+        Popularity(FEW, "zipf"),
+        Popularity(resident, "uniform"),
+        Popularity(adapters, "uniform"),
+    ]
     with ExitStack() as stack:
+        counts = (adapters, FEW, resident)
+        # All links before any server: a link changes the status time of the files that a server watches.
+        known = {count: link_adapters(work / f"server-{count}" / "adapters", written, count=count) for count in counts}
         servers: dict[int, tuple[ServerAddress, list[str]]] = {}
-        for count in (adapters, FEW):
-            folder = work / f"server-{count}"
-            folders = link_adapters(folder / "adapters", written, count=count)
-            arguments = server_arguments(model, folder / "adapters", budget)
-            servers[count] = stack.enter_context(serve(arguments, folder)), [path.name for path in folders]
+        for count, folders in known.items():
+            arguments = server_arguments(model, folders[0].parent, budget)
+            address = stack.enter_context(serve(arguments, work / f"server-{count}"))
+            servers[count] = address, [path.name for path in folders]
         summaries = asyncio.run(measure_registered(servers, popularities, requests, warmup, runs))
     show_registered({popularity.name: found for popularity, found in summaries.items()})
-    return registered_lines(summaries, adapters)
+    return registered_lines(summaries)
 
 
 def server_arguments(model: str, root: Path, budget: int) -> list[str]:
@@ -192,18 +208,17 @@ async def measure_registered(
     return summaries
 
 
-def registered_lines(summaries: Summaries, adapters: int) -> list[dict[str, Any]]:
+def registered_lines(summaries: Summaries) -> list[dict[str, Any]]:
     """Ratios of runs that followed one another, and the rates themselves."""
     rates = {popularity: [s["output_throughput"] for s in found] for popularity, found in summaries.items()}
-    few = rates[Popularity(FEW, "zipf")]
-    spreads: dict[str, Spread] = {
-        f"throughput_{adapters}_over_{FEW}": "zipf",
-        f"throughput_{adapters}_uniform_over_{FEW}": "uniform",
-    }
+    few = Popularity(FEW, "zipf")
     lines = []
-    for name, spread in spreads.items():
-        many = rates[Popularity(adapters, spread)]
-        lines.append(line(name, [a / b for a, b in zip(many, few, strict=True)], f"times that of {FEW}"))
+    for popularity in summaries:
+        if popularity == few:
+            continue
+        spread = "" if popularity.spread == few.spread else f"_{popularity.spread}"
+        ratios = [a / b for a, b in zip(rates[popularity], rates[few], strict=True)]
+        lines.append(line(f"throughput_{popularity.adapters}{spread}_over_{FEW}", ratios, f"times that of {FEW}"))
     for popularity, found in summaries.items():
         failed = sum(summary["failed"] for summary in found)
         lines.append({**line(popularity.name, rates[popularity], "output tokens/s"), "failed": failed})

@@ -117,7 +117,7 @@ def test_ratios_are_of_runs_that_followed_one_another(capsys: pytest.CaptureFixt
         Popularity(5, "zipf"): found(100.0, 100.0, 200.0),
         Popularity(2000, "uniform"): found(50.0, 50.0, 50.0, failed=2),
     }
-    lines = {fields["bench"]: fields for fields in registered_lines(summaries, 2000)}
+    lines = {fields["bench"]: fields for fields in registered_lines(summaries)}
     assert list(lines) == [
         "throughput_2000_over_5",
         "throughput_2000_uniform_over_5",
