@@ -94,8 +94,10 @@ def scan(roots: Sequence[Path]) -> tuple[dict[str, tuple[Path, Identity]], set[P
             unread.add(root)
             continue
         for name in names:
-            identity = _identity(root / name)
-            if identity is None or name in found:
+            if name in found:
+                continue
+            identity = _identity(os.path.join(root, name))
+            if identity is None:
                 continue
             try:
                 check_name(name)
@@ -105,12 +107,12 @@ def scan(roots: Sequence[Path]) -> tuple[dict[str, tuple[Path, Identity]], set[P
     return found, unread
 
 
-def _identity(folder: Path) -> Identity | None:
-    """None if one of the files is missing."""
+def _identity(folder: str) -> Identity | None:
+    """None if one of the files is missing. In strings: of thousands of folders, making paths would take most time."""
     identity: list[int] = []
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         try:
-            status = os.stat(folder / file)
+            status = os.stat(f"{folder}/{file}")
         except OSError:
             return None
         identity += status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
