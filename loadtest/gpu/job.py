@@ -41,6 +41,8 @@ class Job:
         self.report.at(what)
         try:
             return measure()
+        except OutOfTime:  # of an attempt within this one
+            raise
         except Exception as error:
             text = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
             self.report.problem(f"{what}: {text}")

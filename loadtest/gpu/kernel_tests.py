@@ -22,6 +22,8 @@ def kernel_tests(job: Job) -> None:
         paths += sorted((ROOT / "tests" / "ops").glob("test_triton_*.py"))
     watch = Watch(job.report, job.deadline)
     options = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--confcutdir={ROOT}"]
+    # Without pytest-asyncio its settings are unknown ones: only the tests that need it are to fail.
+    options += ["-W", "default::pytest.PytestConfigWarning"]
     status = pytest.main([*options, *map(str, paths)], plugins=[watch])
     watch.tell()
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):

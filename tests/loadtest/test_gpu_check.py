@@ -1,10 +1,12 @@
-"""`make gpu-check` as far as a CPU allows: every part's own code on tiny shapes, and what becomes of parts that fail."""
+"""`make gpu-check` as far as a CPU allows: every part's code on tiny shapes, and what becomes of parts that fail."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from loramux.ops.nf4 import NF4Weight
 from loadtest.cli import main
 from loadtest.commands import gpu_check
 from loadtest.gpu import document
+from loadtest.gpu import served as served_part
 from loadtest.gpu.gemm import gemm
 from loadtest.gpu.job import Job, OutOfTime
 from loadtest.gpu.kernel_tests import Watch
@@ -29,6 +32,7 @@ from loadtest.gpu.report import Findings, Report
 from loadtest.gpu.served import served
 from loadtest.gpu.shape import REHEARSAL
 from loadtest.gpu.steps import StepBench, invariant, steps
+from loadtest.server_process import ServerAddress
 
 CPU = torch.device("cpu")
 PAGE = f"before\n{document.BEGIN}\n{document.NOTHING}{document.END}\nafter\n"
@@ -123,6 +127,40 @@ def test_a_real_server_answers_in_a_batch_as_alone(run: Callable[..., Findings])
     assert all(row[name] > 0 for name in ("1 requests, base", "4 requests, base", "4 requests, 2 adapters"))
 
 
+def test_the_servers_flags_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag, known in (("--max-context", True), ("--no-such-thing", False)):
+        monkeypatch.setattr(served_part, "FLAG", flag)
+        assert served_part.has_flag() is known
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_answers_that_differ_fail_where_they_are_promised(
+    flag: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[bool] = []
+
+    @contextmanager
+    def serve(arguments: list[str], folder: Path, **_: Any) -> Iterator[ServerAddress]:
+        started.append(served_part.FLAG in arguments)
+        yield ServerAddress("public", "admin", "metrics")
+
+    async def equal_answers(*_: Any) -> int:
+        return 15
+
+    monkeypatch.setattr(served_part, "serve", serve)
+    monkeypatch.setattr(served_part, "equal_answers", equal_answers)
+    monkeypatch.setattr(served_part, "has_flag", lambda: flag)
+    report = Report(tmp_path / "rows.jsonl")
+    scale = replace(REHEARSAL, device="cuda", served_requests=())
+    job = Job(scale, report, time.monotonic() + 60)
+    served_part.both_modes(job, "model", "model", REHEARSAL.served.config(), tmp_path)
+    found = Findings.read(tmp_path / "rows.jsonl")
+    assert started == ([False, True] if flag else [False])
+    assert [row["answers as alone"] for row in found.rows] == ["15 of 16"] * len(started)
+    (problem,) = found.problems
+    assert ("1 of 16 answers differ" if flag else "has no --batch-invariant") in problem
+
+
 def test_what_fails_is_told_and_the_rest_goes_on(run: Callable[..., Findings]) -> None:
     def part(job: Job) -> None:
         with job.report.filling(rows=1) as row:
@@ -132,6 +170,14 @@ def test_what_fails_is_told_and_the_rest_goes_on(run: Callable[..., Findings]) -
     found = run(part)
     assert found.rows == [{"rows": 1, "first": None, "second": 2.5}]
     assert found.problems == ["a cell: ZeroDivisionError: division by zero"]
+
+
+def test_time_that_is_up_within_a_cell_is_no_failure_of_the_cell(run: Callable[..., Findings]) -> None:
+    def part(job: Job) -> None:
+        job.attempt("a server", lambda: (time.sleep(0.02), job.attempt("a rate", lambda: 1.0)))
+
+    with pytest.raises(OutOfTime):
+        run(part, seconds=0.01)
 
 
 def test_without_time_nothing_begins(run: Callable[..., Findings], tmp_path: Path) -> None:
@@ -167,7 +213,8 @@ def test_a_part_that_hangs_is_killed_with_its_servers(tmp_path: Path) -> None:
     found = child(tmp_path, code, 2.0)
     (row,) = found.rows
     assert "not done after 2 s and killed" in found.problems[0]
-    assert not psutil.pid_exists(row["pid"]) or psutil.Process(row["pid"]).status() == psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):  # gone, or dead and waited for by nobody
+        assert psutil.Process(row["pid"]).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def test_no_part_gets_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
