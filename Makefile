@@ -31,8 +31,8 @@ soak: $(VENV)/.demo ## 10,000 adapter loads and unloads under traffic; then once
 	$(BIN)/python -m loadtest soak --serve
 	! $(BIN)/python -m loadtest soak --serve --seed-leak --cycles 2000
 
-gpu-check: ## Run the GPU tests with the Python that is there (needs a CUDA build of torch; see docs/gpu.md)
-	$(PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider
+gpu-check: ## Check and measure the GPU path with the Python that is there, and write docs/gpu.md; GPU_CHECK="--only steps"
+	PYTHONPATH="$(CURDIR)/server:$(CURDIR):$$PYTHONPATH" $(PYTHON) -m loadtest gpu-check $(GPU_CHECK)
 
 stubs: $(VENV)/.test ## Regenerate server/loramux/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=server --grpc_python_out=server --pyi_out=server proto/loramux/v1/*.proto

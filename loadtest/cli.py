@@ -11,13 +11,14 @@ from loadtest.bench import NotEnoughAdapters
 from loadtest.commands.adapters import adapters
 from loadtest.commands.bench import run_bench
 from loadtest.commands.bench_adapters import run_bench_adapters
+from loadtest.commands.gpu_check import NoDevice, gpu_check, gpu_part
 from loadtest.commands.peers import compare, peft
 from loadtest.commands.run import run
 from loadtest.commands.soak import soak
 from loadtest.console import err
 from loadtest.server_process import ServerFailed
 
-EXPECTED = (LoramuxError, NotEnoughAdapters, ServerFailed, FileNotFoundError, ValueError)
+EXPECTED = (LoramuxError, NoDevice, NotEnoughAdapters, ServerFailed, FileNotFoundError, ValueError)
 
 app = typer.Typer(
     help="Makes random adapters, drives a server with them, soaks it, and measures peers. "
@@ -34,6 +35,8 @@ app.command()(soak)
 app.command()(compare)
 app.command(name="bench")(run_bench)
 app.command(name="bench-adapters")(run_bench_adapters)
+app.command(name="gpu-check")(gpu_check)
+app.command(name="gpu-part", hidden=True)(gpu_part)
 peers.command()(peft)
 app.add_typer(peers, name="peers")
 

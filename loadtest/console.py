@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loadtest.cells import Cell
+from loadtest.gpu import document
+from loadtest.gpu.report import Findings
 from loadtest.report import latency_table, rounded, throughput_table
 from loadtest.trend import MIB, sparkline
 
@@ -179,3 +181,15 @@ def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:
                 line["bench"], f"{line['value']:,.1f}", f"{line['gb_per_s']:.1f}", f"{line['gflop_per_s']:,.0f}", *shown
             )
     err.print(table)
+
+
+def show_findings(title: str, found: Findings) -> None:
+    """Show what one part of the GPU check found: its table, its notes and what went wrong."""
+    err.print(f"[bold]{title}[/]", highlight=False)
+    for line in document.table(found.rows):
+        # As it will stand in the file: a table of so many columns has no room in a terminal's width.
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    for note in found.notes:
+        err.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
+    for problem in found.problems:
+        err.print(f"✗ {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
