@@ -1,18 +1,15 @@
 """Where Triton's kernels run in tests: on a CUDA device if there is one, else in Triton's interpreter on the CPU.
 
-Import this before anything that imports triton: whether it interprets is decided then.
+Whether it interprets is settled in tests/conftest.py, before anything imports triton.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

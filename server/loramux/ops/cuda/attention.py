@@ -33,6 +33,8 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Programs that a sequence of any length gets at most, over all key-value heads: about two for each of 132 SMs.
 _PROGRAMS = 256
+# Three, so that block numbers come a step before the keys and values that they point to, and these a step before use.
+_STAGES = 3
 # Keys whose sum is taken before it is merged, where bits must not depend on who takes it.
 _SPLIT = 256
 
@@ -47,7 +49,7 @@ def _tile(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What a tile of ROWS rows x GROUP heads covers → sequence, its rows, then by lane: row, position, whether it is one.
+    """What a tile of ROWS x GROUP covers → sequence, its rows; then by lane: row, position, whether it is one.
 
     Sequence s has the tiles from query_starts[s] // ROWS + s to where the next one's begin: enough for its rows
     wherever they start, and found without a table. Lanes that are none have position -1 and see nothing.
@@ -181,7 +183,7 @@ def _finish(total, highest, weight, sink, SINKS: tl.constexpr):
 
 @triton.jit
 def _parts(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    """How a sequence with one row is cut: the first key that is read, keys of a part, number of parts that have some."""
+    """How a sequence with one row is cut: the first key that is read, keys of a part, parts that have some."""
     low = 0
     if WINDOW:
         low = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
@@ -190,7 +192,7 @@ def _parts(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.const
     return low, length * BLOCK_N, tl.cdiv(steps, tl.maximum(length, 1))
 
 
-_UNSPECIALIZED = ("sequences", "rows", "launched", "table_stride")
+_UNSPECIALIZED = ("sequences", "rows", "fewest", "launched", "table_stride")
 _UNALIGNED = ("query_starts", "context_lens", "block_tables", "sinks")
 
 
@@ -345,6 +347,7 @@ def _prefill(
     block_tables,
     sequences,
     rows,
+    fewest,
     table_stride,
     q_row_stride,
     q_head_stride,
@@ -365,12 +368,12 @@ def _prefill(
     BLOCK_V: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (tiles, kv heads): all keys of one tile. Sequences with one row are left to `_decode`."""
+    """Grid (tiles, kv heads): all keys of one tile, of sequences with at least `fewest` rows."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     _clear_rest(out, query_starts, sequences, rows, tile, kv_head, ROWS, GROUP, KV_HEADS, VALUE_DIM, BLOCK_M, BLOCK_V)
     sequence, own, row, position, live = _tile(query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M)
-    live = live & (own != 1)
+    live = live & (own >= fewest)
     if tl.max(live.to(tl.int32), 0) == 0:
         return
     lane = tl.arange(0, BLOCK_M)
@@ -560,7 +563,7 @@ def _merge_parts(
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.range(0, tl.minimum(stop - first, launched), num_stages=3):
+    for part in tl.range(0, tl.minimum(stop - first, launched), num_stages=2):
         at = line * launched + part
         total, highest, weight = _merge(
             total,
@@ -599,7 +602,7 @@ def attention(
     bits of a sequence with one row do not depend on the others; those of longer chunks depend on the chunk.
     """
     rows, heads, dim = q.shape
-    _, kv_heads, block_size, value_dim = cache.values.shape
+    _, kv_heads, _, value_dim = cache.values.shape
     assert heads % kv_heads == 0
     assert q.stride(2) == 1
     assert q.dtype == cache.keys.dtype == cache.values.dtype
@@ -614,19 +617,20 @@ def attention(
     if invariant:
         call.invariant()
         return out
-    one_each = rows == batch.context_lens.shape[0]
-    if one_each or any(stop - start == 1 for start, stop in pairwise(batch.starts)):
-        call.decode(mixed=not one_each)
-    if not one_each:
-        call.prefill()
+    if rows == batch.context_lens.shape[0]:
+        call.decode(mixed=False)
+        return out
+    singles = any(stop - start == 1 for start, stop in pairwise(batch.starts))
+    if singles:
+        call.decode(mixed=True)
+    call.prefill(fewest=2 if singles else 1)
     return out
 
 
 class _Call:
     """One call's arguments and tile shapes, for its launches.
 
-    Shapes keep what a program has in shared memory below 100 KB, which is what the smaller cards of compute
-    capability 8 have. None of them depends on the batch.
+    No shape depends on the batch.
     """
 
     def __init__(self, q: Tensor, out: Tensor, cache: LayerCache, batch: PagedBatch, shape: AttentionShape) -> None:
@@ -639,8 +643,8 @@ class _Call:
         self.q, self.out, self.cache, self.batch = q, out, cache, batch
         self.sinks = out if shape.sinks is None else shape.sinks
         self.block_d, self.block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, self.value_dim))
-        # Bytes of a key and its value.
-        self.width = (self.block_d + self.block_v) * q.element_size()
+        self.width = (self.block_d + self.block_v) * q.element_size()  # bytes of a key and its value
+        self.step = min(64, max(16, triton.next_power_of_2(32768 // self.width)))
         if shape.softcap is None:
             scale, cap = shape.scaling * _LOG2E.value, 0.0
         else:
@@ -663,7 +667,7 @@ class _Call:
     def decode(self, *, mixed: bool) -> None:
         """The sequences with one row; mixed: there are others."""
         # Few heads need small parts, so that a short context still gives work to every multiprocessor.
-        step = 64 if self.kv_heads >= 8 and self.width <= 512 else 32
+        step = self.step if self.kv_heads >= 8 else min(32, self.step)
         parts = min(64, max(16, triton.next_power_of_2(_PROGRAMS // self.kv_heads)))
         launched = max(1, min(parts, self._units(step)))
         scratch = self._scratch(self.sequences, launched)
@@ -681,7 +685,7 @@ class _Call:
             *self.strides,
             BLOCK_M=max(16, triton.next_power_of_2(self.group)),
             num_warps=4,
-            num_stages=2,
+            num_stages=_STAGES,
             **{**self.constants, **flags},
         )
         _combine[(self.sequences, self.heads)](
@@ -695,12 +699,12 @@ class _Call:
             SINKS=self.with_sinks,
             VALUE_DIM=self.value_dim,
             BLOCK_V=self.block_v,
-            num_warps=4,
+            num_warps=8 if parts * self.block_v > 4096 else 4,
             **flags,
         )
 
-    def prefill(self) -> None:
-        """The sequences with more than one row, and the rows that are no sequence's."""
+    def prefill(self, *, fewest: int) -> None:
+        """The sequences with at least so many rows, and the rows that are no sequence's."""
         tile = max(128 if self.width <= 512 else 64, triton.next_power_of_2(self.group))
         b = self.batch
         _prefill[(self._tiles(tile), self.kv_heads)](
@@ -714,13 +718,14 @@ class _Call:
             b.block_tables,
             self.sequences,
             self.rows,
+            fewest,
             *self.strides,
             ROWS=tile // self.group,
             SINKS=self.with_sinks,
             BLOCK_M=tile,
-            BLOCK_N=64 if self.width <= 512 else 32,
+            BLOCK_N=self.step,
             num_warps=8 if tile >= 128 else 4,
-            num_stages=2,
+            num_stages=_STAGES,
             **self.constants,
         )
 
@@ -743,9 +748,9 @@ class _Call:
             self.sequences,
             launched,
             *self.strides,
-            BLOCK_N=64 if self.width <= 512 else 32,
-            num_warps=4 if self.width <= 512 else 8,
-            num_stages=2,
+            BLOCK_N=self.step,
+            num_warps=8 if self.block_v >= 128 else 4,
+            num_stages=_STAGES,
             **flags,
             **self.constants,
         )
@@ -764,7 +769,7 @@ class _Call:
             KV_HEADS=self.kv_heads,
             VALUE_DIM=self.value_dim,
             BLOCK_V=self.block_v,
-            num_warps=4,
+            num_warps=8,
             **flags,
         )
 
