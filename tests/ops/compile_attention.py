@@ -25,9 +25,8 @@ from triton.runtime.jit import JITFunction
 # Heads, key-value heads, dimensions of keys and values, window, softcap, sinks.
 SHAPES = {
     "llama-3-8b": (32, 8, 128, 128, None, None, False),
-    "unequal": (9, 3, 80, 64, None, None, False),
+    "unequal": (9, 3, 80, 64, 128, None, True),
     "gemma-2": (8, 4, 256, 256, 4096, 50.0, False),
-    "gpt-oss": (64, 8, 64, 64, 128, None, True),
 }
 
 

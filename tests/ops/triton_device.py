@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,6 +40,17 @@ def let_loops_end_at_tensors() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+
+
+def sum_all_rows_alike(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter's dot is a BLAS's, which sums the rows of a matrix in different orders; tensor cores do not."""
+    from triton.runtime import interpreter
+
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        products = np.einsum("mk,kn->mn", *(t.data.astype(np.float32) for t in (a, b)), optimize=False)
+        return interpreter.TensorHandle(products + d.data, d.dtype.scalar)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 if DEVICE.type == "cpu":
