@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+# Whether triton interprets is decided when something, anything, imports it first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
 torch.set_num_threads(1)
