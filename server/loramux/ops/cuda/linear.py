@@ -84,7 +84,7 @@ class TritonLinear(Linear):
             self._bias = torch.cat(
                 [zeros(p.weight.shape[0]) if p.bias is None else p.bias.to(device, torch.float32) for p in parts]
             )
-        # Each program that arrives last leaves its counter at zero. For one tile of rows: decode steps and their graphs.
+        # The program that arrives last sets its counter back to zero. For one tile of rows: decode steps, their graphs.
         self._arrivals = torch.zeros(
             self._places(tiling(1, invariant=invariant).outputs), dtype=torch.int32, device=device
         )
