@@ -1,0 +1,229 @@
+"""One linear operation on a GPU: NF4 parts that share an input, and every adapter's branch, in two launches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loramux.ops.backend import BoundSegments, Linear, LinearPart
+from loramux.ops.cuda.kernels import lora_down, nf4_linear
+from loramux.ops.cuda.lookup import is_standard, lookup_assembly
+from loramux.ops.cuda.segments import TritonSegments
+from loramux.ops.cuda.tiles import TiledNF4
+from loramux.ops.nf4 import BLOCK_SIZE, NF4Weight
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Programs below which K is split: two for each of an H100's 132 multiprocessors. Not asked of the device at hand, so
+# that a model's sums have one order everywhere.
+_ENOUGH_PROGRAMS = 264
+# A program sums at least so many blocks of 64 inputs; below that its start costs more than its share.
+_LEAST_BLOCKS = 8
+_MAX_SPLITS = 16
+# Inputs that one program of lora_down sums over.
+_DOWN_INPUTS = 2048
+
+_interpreted = not isinstance(nf4_linear, triton.JITFunction)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Outputs and rows of a program's tile, its warps, and the loads it keeps in flight."""
+
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def tiling(rows: int, *, invariant: bool) -> Tiling:
+    """The tiles for a batch of so many rows; with `invariant` the same for every batch.
+
+    A tile of more rows is also one of more outputs: each of its programs reads all of its rows' inputs.
+    """
+    if invariant:
+        return Tiling(128, 64, 4, 4)
+    if rows <= 8:
+        return Tiling(64, 8, 4, 6)
+    if rows <= 16:
+        return Tiling(64, 16, 4, 6)
+    if rows <= 32:
+        return Tiling(128, 32, 4, 5)
+    if rows <= 64:
+        return Tiling(128, 64, 4, 4)
+    return Tiling(128, 128, 8, 4)
+
+
+class TritonLinear(Linear):
+    """NF4 parts in tile order (tiles.py) and float32 biases, on the device; runs in bfloat16 or float16.
+
+    Each row is W·x in float32, its branches and biases added in float32, rounded once; h = weight·(A·x) is rounded to x's
+    dtype on the way. With `invariant` a row's bits do not depend on the other rows: one tile shape, and one order of
+    summation, whatever the batch.
+
+    It takes parts for which `accepts` is true. What it does not take is left to GroupedBackend (through PlainLinear): a
+    dense weight, K that is no multiple of 64, parts of one operation of which only some are doubly quantized, a table
+    that is not NF4's, and float32.
+    """
+
+    def __init__(self, parts: Sequence[LinearPart], sites: Sequence[int], *, invariant: bool = False) -> None:
+        weights = _nf4(parts)
+        assert weights is not None
+        self._tiled = TiledNF4.pack(weights)
+        self._invariant = invariant
+        device = self._tiled.codes.device
+        self._sites = torch.tensor(list(sites), dtype=torch.int64, device=device)
+        self._bias: Tensor | None = None
+        if any(part.bias is not None for part in parts):
+            zeros = self._tiled.values.new_zeros
+            self._bias = torch.cat(
+                [zeros(p.weight.shape[0]) if p.bias is None else p.bias.to(device, torch.float32) for p in parts]
+            )
+        # Each program that arrives last leaves its counter at zero. One tile of rows at a time: for decode and its graphs.
+        self._arrivals = torch.zeros(self._places(BLOCK_SIZE), dtype=torch.int32, device=device)
+        ends = list(itertools.accumulate(self._tiled.rows))
+        self._bounds = list(zip([0, *ends], ends, strict=False))
+        self.width = ends[-1]
+        self.parts = len(parts)
+        self.nbytes, self.numel = self._tiled.nbytes, self._tiled.numel
+        self.dense_nbytes = self.dense_numel = 0
+
+    @staticmethod
+    def accepts(parts: Sequence[LinearPart]) -> bool:
+        """Whether the kernels can run these parts as one operation."""
+        weights = _nf4(parts)
+        return weights is not None and TiledNF4.accepts(weights) and is_standard(weights[0].table)
+
+    def dequantize(self, part: int) -> Tensor:
+        return self._tiled.unpack(part).dequantize(torch.float32)
+
+    def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
+        y = self.run(x, segments)
+        return tuple(y[:, begin:end] for begin, end in self._bounds)
+
+    def run(self, x: Tensor, segments: BoundSegments) -> Tensor:
+        """x [T, K], bfloat16 or float16, rows contiguous → [T, ΣN] in x's dtype, the parts side by side."""
+        assert isinstance(segments, TritonSegments)
+        assert x.dtype in DTYPES
+        assert x.shape[1] == self._tiled.k
+        assert x.stride(1) == 1
+        y = x.new_empty(x.shape[0], self.width)
+        if x.shape[0]:
+            self._launch(x, y, segments)
+        return y
+
+    def _launch(self, x: Tensor, y: Tensor, segments: TritonSegments) -> None:
+        tiled, rows = self._tiled, x.shape[0]
+        shape = tiling(rows, invariant=self._invariant)
+        row_tiles, places = -(-rows // shape.rows), self._places(shape.outputs)
+        splits = self._splits(places * (1 if self._invariant else row_tiles))
+        # The model's inputs are aligned; a view of one may not be, and then its rows are not read in vectors.
+        down_splits = min(-(-tiled.k // _DOWN_INPUTS), _MAX_SPLITS)
+        lora = segments.capacity > 0 and segments.max_rank > 0
+        items, h = self._sites, tiled.offsets
+        if lora:
+            items, h = self._down(x, segments, shape, down_splits)
+        partial, arrivals = tiled.offsets, self._arrivals
+        if splits > 1:
+            partial = torch.empty(
+                places * row_tiles * splits * shape.outputs * shape.rows, dtype=torch.float32, device=x.device
+            )
+            if row_tiles > 1:
+                arrivals = torch.zeros(places * row_tiles, dtype=torch.int32, device=x.device)
+        nf4_linear[(places * splits * row_tiles,)](
+            x,
+            y,
+            tiled.codes,
+            tiled.absmax,
+            tiled.group_scales,
+            tiled.tables,
+            tiled.offsets,
+            tiled.values,
+            tiled.offsets if self._bias is None else self._bias,
+            partial,
+            arrivals,
+            segments.table,
+            self._sites,
+            items,
+            h,
+            rows,
+            x.stride(0),
+            segments.rows,
+            segments.max_rank,
+            segments.capacity,
+            K=tiled.k,
+            PARTS=self.parts,
+            ROWS=tiled.rows,
+            COLUMNS=self.width,
+            DOUBLE=tiled.double,
+            BIAS=self._bias is not None,
+            LORA=lora,
+            EXTRAS=lora and segments.extras,
+            SHARED=not self._invariant,
+            SPLITS=splits,
+            DOWN_SPLITS=down_splits,
+            BLOCK_N=shape.outputs,
+            BLOCK_T=shape.rows,
+            BLOCK_R=16 if segments.max_rank <= 16 else 32,
+            ASSEMBLY=_assembly(x.dtype),
+            WIDE=_interpreted,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+        )
+
+    def _down(self, x: Tensor, segments: TritonSegments, shape: Tiling, splits: int) -> tuple[Tensor, Tensor]:
+        """h, and the items that say where B is; see `lora_down`."""
+        h = torch.empty(splits, segments.rows, self.parts, segments.max_rank, dtype=torch.float32, device=x.device)
+        items = torch.empty(self.parts, segments.capacity, 2, dtype=torch.int64, device=x.device)
+        block_r, block_t = min(64, triton.next_power_of_2(segments.max_rank)), min(shape.rows, 64)
+        tiles = -(-segments.max_rank // block_r) * -(-x.shape[0] // block_t)
+        lora_down[(tiles, segments.capacity * splits, self.parts)](
+            x,
+            segments.table,
+            self._sites,
+            h,
+            items,
+            x.stride(0),
+            segments.rows,
+            segments.max_rank,
+            segments.capacity,
+            K=self._tiled.k,
+            PARTS=self.parts,
+            SPLITS=splits,
+            BLOCK_R=block_r,
+            BLOCK_T=block_t,
+            BLOCK_K=128 if self._tiled.k % 128 == 0 else 64,
+            WIDE=_interpreted,
+            num_warps=4,
+            num_stages=4,
+        )
+        return items, h
+
+    def _places(self, outputs: int) -> int:
+        """Tiles of outputs."""
+        return sum(-(-rows // outputs) for rows in self._tiled.rows)
+
+    def _splits(self, programs: int) -> int:
+        """Shares of K, so that there are enough programs; a power of two, and each share has blocks."""
+        blocks, splits = self._tiled.k // BLOCK_SIZE, 1
+        while programs * splits < _ENOUGH_PROGRAMS and splits < _MAX_SPLITS and blocks // (2 * splits) >= _LEAST_BLOCKS:
+            splits *= 2
+        return splits
+
+
+def _nf4(parts: Sequence[LinearPart]) -> list[NF4Weight] | None:
+    """The weights, if they are all NF4."""
+    weights = [part.weight for part in parts if isinstance(part.weight, NF4Weight)]
+    return weights if len(weights) == len(parts) else None
+
+
+def _assembly(dtype: torch.dtype) -> tl.constexpr:
+    return "" if _interpreted else _ASSEMBLIES[dtype]
+
+
+_ASSEMBLIES = {dtype: lookup_assembly(dtype) for dtype in DTYPES}
