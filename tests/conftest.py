@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 # Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
 torch.set_num_threads(1)
+# Whether Triton interprets is settled when it is first imported, which bitsandbytes does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")

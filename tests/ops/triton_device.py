@@ -1,18 +1,16 @@
 """Where Triton's kernels run in tests: on a CUDA device if there is one, else in Triton's interpreter on the CPU.
 
-Import this before anything that imports triton: whether it interprets is decided then.
+Whether it interprets is settled in tests/conftest.py, before anything imports triton.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -42,6 +40,17 @@ def let_loops_end_at_tensors() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+
+
+def sum_all_rows_alike(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter's dot is a BLAS's, which sums the rows of a matrix in different orders; tensor cores do not."""
+    from triton.runtime import interpreter
+
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        products = np.einsum("mk,kn->mn", *(t.data.astype(np.float32) for t in (a, b)), optimize=False)
+        return interpreter.TensorHandle(products + d.data, d.dtype.scalar)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 if DEVICE.type == "cpu":

@@ -1,0 +1,96 @@
+"""Compiles, without a GPU, the kernels that attention launches, and prints what each needs; run by a test.
+
+    python -m tests.ops.compile_attention CAPABILITY     (80, 90)
+
+A driver that stands for a card of that capability lets `attention` run up to its launches, which compile only.
+A line a kernel: name, registers, bytes of local memory (spills), bytes of shared memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from loramux.ops.cuda.attention import attention
+from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+# Heads, key-value heads, dimensions of keys and values, window, softcap, sinks.
+SHAPES = {
+    "llama-3-8b": (32, 8, 128, 128, None, None, False),
+    "unequal": (9, 3, 80, 64, 128, None, True),
+    "gemma-2": (8, 4, 256, 256, 4096, 50.0, False),
+}
+
+
+class Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), max(int(found[2]), int(found[3]))
+
+
+def compile_all(capability: int) -> None:
+    triton.runtime.driver.set_active(Driver(capability))
+    launch: Any = JITFunction.run
+    current = ""
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        registers, local = resources(kernel.asm["cubin"])
+        print(current, self.__name__, registers, local, kernel.metadata.shared, flush=True)
+        return kernel
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    for name, (heads, kv_heads, dim, value_dim, window, softcap, sinks) in SHAPES.items():
+        current = name
+        shape = AttentionShape(dim**-0.5, window, softcap, torch.zeros(heads, dtype=torch.bfloat16) if sinks else None)
+        cache = LayerCache.allocate(1, 16, kv_heads, dim, value_dim, torch.bfloat16, torch.device("cpu"))
+        for starts, contexts in (((0, 1, 2), (1024, 8192)), ((0, 1, 129), (1024, 1024))):
+            batch = PagedBatch(
+                torch.zeros(starts[-1], dtype=torch.int64),
+                torch.tensor(starts, dtype=torch.int32),
+                torch.tensor(contexts, dtype=torch.int32),
+                torch.zeros(len(contexts), 512, dtype=torch.int32),
+                starts,
+                contexts,
+            )
+            q, k, v = (
+                torch.zeros(starts[-1], n, width, dtype=torch.bfloat16)
+                for n, width in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+            )
+            attention(q, k, v, cache, batch, shape)
+        attention(q, k, v, cache, batch, shape, invariant=True)
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]))
