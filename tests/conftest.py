@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+# Whether triton interprets is decided when something, anything, imports it first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
 torch.set_num_threads(1)
-# Whether Triton interprets is settled when it is first imported, which bitsandbytes does.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tests.ops.triton_device  # noqa: F401 - before anything imports triton
-
-# isort: split
 import gc
 import weakref
 from collections.abc import Sequence
@@ -25,8 +22,9 @@ from torch import Tensor
 from tests.model.tape import TapeRecorder
 from tests.model.tiny import save_tiny
 from tests.ops.test_native import flat
+from tests.ops.triton_device import DEVICE
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tape is for the CPU; tests/gpu has the real one")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the tape is for the CPU; tests/gpu has the real one")
 CPU = torch.device("cpu")
 BLOCK, VOCAB = 4, 32
 

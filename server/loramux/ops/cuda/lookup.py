@@ -82,7 +82,7 @@ def nf4_values(codes, values, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     if ASSEMBLY == "":
         high = tl.load(values + (codes >> 4).to(tl.int32)).to(DTYPE)
         low = tl.load(values + (codes & 15).to(tl.int32)).to(DTYPE)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         high, low = tl.inline_asm_elementwise(
             ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
