@@ -1,8 +1,8 @@
 """The two Triton kernels of a linear operation: h = weight·(A·x) of all segments, and y, which reads NF4 and h.
 
-Products run on tensor cores with float32 accumulators. An accumulator is [outputs, rows]: outputs fill the long side of
-a tensor core's tile, so that a decode step with few rows wastes little of it. In the interpreter operands are converted to
-float32 first (WIDE): its dot of bfloat16 is wrong.
+Products run on tensor cores with float32 accumulators. An accumulator is [outputs, rows]: outputs fill the long side
+of a tensor core's tile, so that a decode step with few rows wastes little of it. In the interpreter operands are
+converted to float32 first (WIDE): its dot of bfloat16 is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ BLOCK = tl.constexpr(64)
 TILE = tl.constexpr(64)
 TILE_BYTES = tl.constexpr(2048)
 NESTED = tl.constexpr(256)
+NESTED_BITS = tl.constexpr(8)
 
 
 @triton.jit
@@ -266,10 +267,10 @@ def nf4_linear(
 ):
     """y [T, COLUMNS] = scale·(W·x + Σ B·h + lora_bias) + bias, the parts side by side.
 
-    Grid: tiles of outputs x SPLITS x tiles of rows, the last one fastest, so that neighbours share weights in the cache.
-    With SPLITS > 1 each program sums over a share of K; the one that arrives last adds the shares up in their order, so
-    that the sum does not depend on who that is. SHARED spreads the segments over these programs too: then a row's order of
-    summation depends on the segments before its own.
+    Grid: tiles of outputs x SPLITS x tiles of rows, the last one fastest, so that neighbours share weights in the
+    cache. With SPLITS > 1 each program sums over a share of K; the one that arrives last adds the shares up in their
+    order, so that the sum does not depend on who that is. SHARED spreads the segments over these programs too: then a
+    row's order of summation depends on the segments before its own.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     blocks: tl.constexpr = K // BLOCK
@@ -317,7 +318,7 @@ def nf4_linear(
         offset = tl.load(offsets + part)
         in_group = tl.minimum(n, rows - 1) * blocks
         scale = tl.load(tables + quantized.to(tl.int32))
-        scale = scale * tl.load(group_scales + group + (in_group + begin) // NESTED) + offset
+        scale = scale * tl.load(group_scales + group + ((in_group + begin) >> NESTED_BITS)) + offset
     else:
         scale = quantized
     quantized = tl.load(absmax_at + tl.minimum(begin + 1, blocks - 1) * TILE)
@@ -333,7 +334,7 @@ def nf4_linear(
         if DOUBLE:
             scale = tl.load(tables + quantized.to(tl.int32))
             following = tl.minimum(block + 1, blocks - 1)
-            scale = scale * tl.load(group_scales + group + (in_group + following) // NESTED) + offset
+            scale = scale * tl.load(group_scales + group + ((in_group + following) >> NESTED_BITS)) + offset
         else:
             scale = quantized
         quantized = tl.load(absmax_at + tl.minimum(block + 2, blocks - 1) * TILE)

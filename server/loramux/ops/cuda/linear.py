@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from loramux.ops.backend import BoundSegments, LinearPart
@@ -45,14 +44,15 @@ class Tiling:
 def tiling(rows: int, *, invariant: bool) -> Tiling:
     """The tiles for a batch of so many rows; with `invariant` the same for every batch.
 
-    A tile of more rows is also one of more outputs: each of its programs reads all of its rows' inputs.
+    All are 128 outputs deep: what a block costs besides its look-ups is the same for 64, and each program reads all of
+    its rows' inputs.
     """
     if invariant:
         return Tiling(128, 64, 4, 4)
     if rows <= 8:
-        return Tiling(64, 8, 4, 6)
+        return Tiling(128, 8, 4, 5)
     if rows <= 16:
-        return Tiling(64, 16, 4, 6)
+        return Tiling(128, 16, 4, 5)
     if rows <= 32:
         return Tiling(128, 32, 4, 5)
     if rows <= 64:
@@ -63,9 +63,9 @@ def tiling(rows: int, *, invariant: bool) -> Tiling:
 class TritonLinear(FusedLinear):
     """NF4 parts in tile order (tiles.py) and float32 biases, on the device; runs in bfloat16 or float16.
 
-    Each row is W·x in float32, its branches and biases added in float32, rounded once; h = weight·(A·x) is rounded to x's
-    dtype on the way. With `invariant` a row's bits do not depend on the other rows: one tile shape, and one order of
-    summation, whatever the batch.
+    Each row is W·x in float32, its branches and biases added in float32, rounded once; h = weight·(A·x) is rounded to
+    x's dtype on the way. With `invariant` a row's bits do not depend on the other rows: one tile shape, and one order
+    of summation, whatever the batch.
 
     It takes parts for which `accepts` is true. What it does not take is left to GroupedBackend (through PlainLinear): a
     dense weight, K that is no multiple of 64, parts of one operation of which only some are doubly quantized, a table
@@ -85,8 +85,10 @@ class TritonLinear(FusedLinear):
             self._bias = torch.cat(
                 [zeros(p.weight.shape[0]) if p.bias is None else p.bias.to(device, torch.float32) for p in parts]
             )
-        # Each program that arrives last leaves its counter at zero. One tile of rows at a time: for decode and its graphs.
-        self._arrivals = torch.zeros(self._places(BLOCK_SIZE), dtype=torch.int32, device=device)
+        # The program that arrives last sets its counter back to zero. For one tile of rows: decode steps, their graphs.
+        self._arrivals = torch.zeros(
+            self._places(tiling(1, invariant=invariant).outputs), dtype=torch.int32, device=device
+        )
         ends = list(itertools.accumulate(self._tiled.rows))
         self._bounds = list(zip([0, *ends], ends, strict=False))
         self.width = ends[-1]
@@ -123,7 +125,6 @@ class TritonLinear(FusedLinear):
         shape = tiling(rows, invariant=self._invariant)
         row_tiles, places = -(-rows // shape.rows), self._places(shape.outputs)
         splits = self._splits(places * (1 if self._invariant else row_tiles))
-        # The model's inputs are aligned; a view of one may not be, and then its rows are not read in vectors.
         down_splits = min(-(-tiled.k // _DOWN_INPUTS), _MAX_SPLITS)
         lora = segments.capacity > 0 and segments.max_rank > 0
         items, h = self._sites, tiled.offsets
@@ -223,7 +224,7 @@ def _nf4(parts: Sequence[LinearPart]) -> list[NF4Weight] | None:
     return weights if len(weights) == len(parts) else None
 
 
-def _assembly(dtype: torch.dtype) -> tl.constexpr:
+def _assembly(dtype: torch.dtype) -> str:
     return "" if _interpreted else _ASSEMBLIES[dtype]
 
 

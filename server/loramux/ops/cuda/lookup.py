@@ -1,9 +1,9 @@
 """NF4 indices to values inside a kernel: byte permutations in registers, no memory, no arithmetic.
 
 `prmt` picks four bytes out of eight by the four low nibbles of a selector, three bits each. So the 16 values of two
-bytes are four such tables: for the high and the low byte of a value, the values 0 to 7 and 8 to 15. A third `prmt` takes
-each byte from the one or the other, by bit 3 of the index. Four indices cost eight `prmt` and a share of the five
-operations that prepare the selectors: 21 for the eight indices of a word.
+bytes are four such tables: for the high and the low byte of a value, the values 0 to 7 and 8 to 15. A third `prmt`
+takes each byte from the one or the other, by bit 3 of the index. Four indices cost eight `prmt` and a share of the six
+operations that prepare the selectors.
 """
 
 from __future__ import annotations
