@@ -3,7 +3,8 @@
     python -m tests.ops.compile_attention CAPABILITY     (80, 90)
 
 A driver that stands for a card of that capability lets `attention` run up to its launches, which compile only.
-A line a kernel: name, registers, bytes of local memory (spills), bytes of shared memory.
+A line a kernel: name, registers, bytes of local memory (spills), bytes of shared memory,
+asynchronous copies of 16 bytes a thread.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def compile_all(capability: int) -> None:
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         registers, local = resources(kernel.asm["cubin"])
-        print(current, self.__name__, registers, local, kernel.metadata.shared, flush=True)
+        copies = kernel.asm["ptx"].count("cp.async.cg.shared.global")
+        print(current, self.__name__, registers, local, kernel.metadata.shared, copies)
         return kernel
 
     JITFunction.run = compile_only  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 A program takes one key-value head and a tile of (row, query head) pairs that share it, so that grouped-query attention
 reads each key and value once; it walks over the keys with an online softmax (Milakov & Gimelshein 2018, Dao 2023) in
-float32. Scores are kept in units of log₂ e, for exp2. Three ways to cover a batch:
+float32, of scores times log₂ e, for exp2. Three ways to cover a batch:
 
 - sequences with one row (decode): a program per sequence, head and part of its context (flash-decoding), then
   `_combine`. The parts follow from the sequence's own context and from the shape of the model alone.
