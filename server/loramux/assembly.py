@@ -131,12 +131,18 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
     limits = ReadLimits()
     read = _leaking if os.environ.get(LEAK_VARIABLE) == "adapters" else _plain
 
+    # Where the device has its own memory, what is put out of it comes back from a copy that was never given up.
+    keep = model.device.type != "cpu" and settings.adapter_host_memory > 0
+
     def read_and_place(folder: Path) -> LoadedAdapter:
         if isinstance(loaded.merged, Delta):
             ((merged, _),) = loaded.merged.terms
             return AdapterInBase.of(merged, len(model.sites), model.dtype)
         files = read_adapter(folder, model.sites, limits=limits)
-        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize))
+        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize, keep=keep))
+
+    def place(adapter: Adapter) -> Adapter:
+        return adapter.place(model.device, keep=keep)
 
     adapters = AdapterManager(
         registry,
@@ -148,6 +154,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         # With a merged adapter there is nothing else to ask for.
         scan_interval=None if loaded.merged is not None else settings.adapter_scan_interval,
         declared_in=None if loaded.merged is not None else settings.adapters_file,
+        place=place if keep and loaded.merged is None else None,
     )
     info = ModelInfo(
         model=settings.model,

@@ -140,7 +140,9 @@ class Settings:
     adapter_host_memory: int = field(
         default=1 << 30,
         metadata=_is(
-            values.SIZE_OR_NONE, "Most host memory of adapters that were put out of the device's; 0 keeps none."
+            values.SIZE_OR_NONE,
+            "Most host memory of adapters that were put out of the device's; 0 keeps none. On a GPU copies of those "
+            "that are on the device come on top.",
         ),
     )
     adapter_scan_interval: float = field(

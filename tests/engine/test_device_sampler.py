@@ -101,7 +101,8 @@ def test_a_row_that_is_not_finite_is_none_and_alone(bad: float, place: int) -> N
     broken[:, place] = bad
     got = sample_on_device(torch.cat([logits, broken]).to(DEVICE), seqs + seqs)
     assert got == want + [None] * len(seqs)
-    assert sample_on_device(torch.full((1, V), bad, device=DEVICE), [seqs[1]]) == [None]
+    told = _sequence(1, temperature=1.0, top_logprobs=2)
+    assert sample_on_device(torch.full((1, V), bad, device=DEVICE), [told]) == [None]
 
 
 @pytest.mark.usefixtures("way")

@@ -23,8 +23,11 @@ class FakeAdapter:
     max_rank: int = 8
     target_modules: tuple[str, ...] = ("q_proj",)
     site_count: int = 1
-    stays_on_host: bool = True
     mixable: bool = True
+
+    @property
+    def on_host(self) -> FakeAdapter:
+        return self
 
 
 class FakeReader:

@@ -201,3 +201,41 @@ def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, value: float) -> N
             bad = numbers.clone()
             bad[place] = value
             assert not all_finite(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [True, False])
+def test_placed_on_a_device_the_views_are_of_its_buffer(
+    tmp_path: Path, dora: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fake device whose memory is the host's; DoRA's scales are float32 in a buffer of another dtype."""
+    monkeypatch.setattr("loramux.lora.adapter.to_device", lambda host, device: host.clone())
+    tensors = factors(Q0, V0, rank=3, dora=dora, bias=not dora)
+    folder = write(tmp_path, tensors, r=3, use_dora=dora, lora_bias=not dora)
+    host = build(folder, dtype)
+    placed = host.place(torch.device("cuda"), keep=True)
+    assert placed.host is host
+    assert placed.buffer.data_ptr() == placed.weights.buffer.data_ptr() != host.buffer.data_ptr()
+    assert (placed.digest, placed.nbytes, list(placed.weights)) == (host.digest, host.nbytes, list(host.weights))
+    for site, weights in placed.weights.items():
+        for name in ("a", "b", "bias", "scale"):
+            view, original = getattr(weights, name), getattr(host.weights[site], name)
+            if original is None:
+                assert view is None
+                continue
+            assert torch.equal(view, original)
+            assert view.untyped_storage().data_ptr() == placed.buffer.data_ptr()
+            assert view.data_ptr() - placed.buffer.data_ptr() == original.data_ptr() - host.buffer.data_ptr()
+
+
+def test_what_is_kept_of_an_adapter_that_is_put_out(tmp_path: Path) -> None:
+    host = build(write(tmp_path))
+    assert host.on_host is host.place(CPU, keep=True) is host
+    meta = torch.device("meta")
+    assert host.place(meta, keep=True).on_host is host
+    assert host.place(meta, keep=False).on_host is None
+    files = read_adapter(tmp_path, SITES, limits=LIMITS)
+    assert Adapter.build(files, SITES, meta, torch.float32).on_host is None
+    kept = Adapter.build(files, SITES, meta, torch.float32, keep=True).on_host
+    assert kept is not None
+    assert torch.equal(kept.buffer, host.buffer)

@@ -116,6 +116,10 @@ def write_adapter(root: Path, name: str, content: bytes = b"weights") -> Path:
 class Loaded(SimpleNamespace):
     """A LoadedAdapter without tensors; unlike its base it can be referred to weakly."""
 
+    @property
+    def on_host(self) -> Loaded:
+        return self
+
 
 def read_adapter(folder: Path) -> Any:
     """What lora.peft_files would do, without tensors."""
@@ -130,7 +134,6 @@ def read_adapter(folder: Path) -> Any:
         max_rank=8,
         target_modules=("q_proj",),
         site_count=2,
-        stays_on_host=True,
         mixable=not content.startswith(b"dora"),
     )
 

@@ -6,7 +6,7 @@ Knows tensors; not files, names or requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from loramux.errors import InvalidAdapter
 from loramux.lora.host_memory import allocate
 from loramux.lora.layout import ALIGN_BYTES, Factors, Offsets, lay_out
 from loramux.lora.peft_files import AdapterFiles, SiteFactors, all_finite
+from loramux.lora.staging import to_device
 from loramux.ops.segment import AdapterWeights, LoraWeights
 from loramux.ops.site import Site
 
@@ -27,6 +28,7 @@ class Adapter:
     weights  site index → views into the buffer; alpha / r (or alpha / sqrt(r)) is folded into b and bias
     offsets  int64 [n_sites, 4] on the CPU: where A, B, bias and scale start, in elements; -1 where there is none
     ranks    int32 [n_sites] on the CPU: 0 where the adapter leaves the site alone
+    host     the same adapter in the host's memory, if it was kept there beside the device's
     """
 
     buffer: Tensor
@@ -35,6 +37,7 @@ class Adapter:
     ranks: Tensor
     digest: str
     target_modules: tuple[str, ...]
+    host: Adapter | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,9 +55,9 @@ class Adapter:
         return len(self.weights)
 
     @property
-    def stays_on_host(self) -> bool:
-        """Whether the device's memory is the host's."""
-        return self.buffer.device.type == "cpu"
+    def on_host(self) -> Adapter | None:
+        """The same adapter in the host's memory: itself where that is the device's; None if none was kept."""
+        return self if self.buffer.device.type == "cpu" else self.host
 
     @property
     def mixable(self) -> bool:
@@ -69,8 +72,10 @@ class Adapter:
         device: torch.device,
         dtype: torch.dtype,
         dequantize: Callable[[Site], Tensor] | None = None,
+        *,
+        keep: bool = False,
     ) -> Adapter:
-        """Lay out, scale and cast on the host, then place with one allocation and one copy.
+        """Lay out, scale and cast on the host, then `place`.
 
         `dequantize` gives a fresh float32 [out, in] of a site's weight, on any device; only DoRA needs it, and holds
         one at a time. Raises InvalidAdapter for a tensor whose scaled numbers do not fit into `dtype`, and for a DoRA
@@ -100,14 +105,23 @@ class Adapter:
         if not all_finite(host):  # or scales, whose halves mean nothing as numbers of `dtype`
             for f in files.factors:
                 _check_finite(f.site, written[f.site.index])
-        buffer = host.to(device)
-        assert buffer.data_ptr() % ALIGN_BYTES == 0, "pages, and what torch allocates, start at such boundaries"
-        placed = written
-        if buffer is not host:
-            placed = {f.site.index: _views(buffer, layout.offsets[f.site.index], f.rank, f.site) for f in files.factors}
-        weights = AdapterWeights(buffer, torch.tensor(offsets), torch.tensor(ranks, dtype=torch.int32), placed)
+        assert host.data_ptr() % ALIGN_BYTES == 0, "pages start at such boundaries"
+        weights = AdapterWeights(host, torch.tensor(offsets), torch.tensor(ranks, dtype=torch.int32), written)
         targets = tuple(sorted({f.site.name.rpartition(".")[2] for f in files.factors}))
-        return cls(buffer, weights, weights.offsets, weights.ranks, files.digest, targets)
+        return cls(host, weights, weights.offsets, weights.ranks, files.digest, targets).place(device, keep=keep)
+
+    def place(self, device: torch.device, *, keep: bool) -> Adapter:
+        """This adapter, which is in the host's memory, on `device`: one allocation, all of it there on return.
+
+        keep: have the result hold on to this one, so that it can be put out of the device and placed again.
+        """
+        if device.type == "cpu":
+            return self
+        buffer = to_device(self.buffer, device)
+        assert buffer.data_ptr() % ALIGN_BYTES == 0, "what torch allocates starts at such boundaries"
+        views = {site: _moved(weights, buffer) for site, weights in self.weights.items()}
+        weights = replace(self.weights, buffer=buffer, views=views)
+        return replace(self, buffer=buffer, weights=weights, host=self if keep else None)
 
 
 def _factors(f: SiteFactors) -> Factors:
@@ -121,6 +135,20 @@ def _views(buffer: Tensor, at: Offsets, rank: int, site: Site) -> LoraWeights:
         b=buffer[at.b : at.b + rows * rank].view(rows, rank),
         bias=None if at.bias < 0 else buffer[at.bias : at.bias + rows],
         scale=None if at.scale < 0 else buffer[at.scale :].view(torch.float32)[:rows],
+    )
+
+
+def _moved(weights: LoraWeights, buffer: Tensor) -> LoraWeights:
+    """The same views into another buffer."""
+
+    def moved(view: Tensor) -> Tensor:
+        return buffer.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
+
+    return LoraWeights(
+        a=moved(weights.a),
+        b=moved(weights.b),
+        bias=None if weights.bias is None else moved(weights.bias),
+        scale=None if weights.scale is None else moved(weights.scale),
     )
 
 

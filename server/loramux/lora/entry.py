@@ -47,8 +47,8 @@ class LoadedAdapter(Protocol):
     @property
     def site_count(self) -> int: ...
     @property
-    def stays_on_host(self) -> bool:
-        """Whether it is in the host's memory anyway and may be kept there when it is put out of the device."""
+    def on_host(self) -> LoadedAdapter | None:
+        """The same in the host's memory, to be kept when it is put out of the device; None if only files are left."""
         ...
 
 

@@ -33,9 +33,9 @@ class AdapterInBase:
         return 0
 
     @property
-    def stays_on_host(self) -> bool:
+    def on_host(self) -> AdapterInBase:
         """There is nothing to keep."""
-        return True
+        return self
 
     @property
     def mixable(self) -> bool:

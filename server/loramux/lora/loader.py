@@ -39,11 +39,14 @@ class Loader:
         limits: ReadLimits,
         timeout: float,
         workers: int,
+        place: Callable[[Any], LoadedAdapter] | None = None,
     ) -> None:
+        """place: from the host's memory to the device, in a worker; None where they are the same memory."""
         self._registry = registry
         self._roots = roots
         self._read = read
         self._measure = measure
+        self._place = place
         self._limits = limits
         self._timeout = timeout
         self._workers = Workers(workers, "loramux-adapters")
@@ -94,7 +97,7 @@ class Loader:
         await self._workers.close(grace)
 
     def _fetch(self, entry: AdapterEntry) -> None:
-        if entry.hosted is not None:
+        if entry.hosted is not None and self._place is None:
             self._registry.fetched(entry.uid, entry.hosted)
         else:
             self._begin(entry, self._fetch_entry)
@@ -122,17 +125,23 @@ class Loader:
             self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
 
     async def _fetch_entry(self, job: Job, entry: AdapterEntry) -> None:
-        started = asyncio.get_running_loop().time()
         with self._reservation(job, entry.uid):
             try:
-                folder = await self._workers.run(job, self._roots.resolve, entry.source)
-                loaded = await self._workers.run(job, self._read, folder)
+                loaded, seconds = await self._bring(job, entry)
                 if entry.state is State.UNLOADED:
                     return  # nobody waits any more
-                seconds = asyncio.get_running_loop().time() - started
                 self._registry.fetched(entry.uid, loaded, load_seconds=seconds)
             except Exception as error:
                 self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
+
+    async def _bring(self, job: Job, entry: AdapterEntry) -> tuple[LoadedAdapter, float | None]:
+        """From the host's memory or else from its files, and the seconds that reading these took."""
+        if entry.hosted is not None and self._place is not None:
+            return await self._workers.run(job, self._place, entry.hosted), None
+        started = asyncio.get_running_loop().time()
+        folder = await self._workers.run(job, self._roots.resolve, entry.source)
+        loaded = await self._workers.run(job, self._read, folder)
+        return loaded, asyncio.get_running_loop().time() - started
 
     def _job(self) -> Job:
         if self._closed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loramux.errors import AdapterNotFound, Cancelled, DeadlineExceeded
 from loramux.lora.catalog import Catalog
@@ -52,6 +52,7 @@ class AdapterManager:
         declared_in: Path | None = None,
         cancel_grace: float = 30.0,
         workers: int = 2,
+        place: Callable[[Any], LoadedAdapter] | None = None,
     ) -> None:
         self.registry = registry
         self._loader = Loader(
@@ -62,6 +63,7 @@ class AdapterManager:
             limits=limits or ReadLimits(),
             timeout=load_timeout,
             workers=workers,
+            place=place,
         )
         self._catalog = None if scan_interval is None else Catalog(registry, roots.paths, interval=scan_interval)
         self._declaration: Declaration | None = None

@@ -125,6 +125,8 @@ class Tiers:
     def failed(self, entry: AdapterEntry, error: LoramuxError) -> None:
         """Measuring or fetching ended with `error`: for all that wait for the entry now."""
         self._busy.discard(entry.uid)
+        if entry.uid not in self._hosted:
+            self._forget_host(entry)  # it was on its way from there
         for lease in entry.leases.values():
             if lease.weights is None:
                 lease.error = error
@@ -254,8 +256,8 @@ class Tiers:
             entry.nbytes = 0
             entry.uses = 0
             entry.residency = Residency.DISK
-            if loaded is not None and loaded.stays_on_host:
-                self._keep_on_host(entry, loaded)
+            if loaded is not None and loaded.on_host is not None:
+                self._keep_on_host(entry, loaded.on_host)
             self.changed(entry)
 
     def _keep_on_host(self, entry: AdapterEntry, loaded: LoadedAdapter) -> None:
