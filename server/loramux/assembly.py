@@ -28,7 +28,7 @@ from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
 from loramux.model.embedded import cache_root
-from loramux.model.kv_capacity import kv_blocks
+from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, Progress, load_model
 from loramux.model.tokenizer import IdsOnly
 from loramux.ops.site import Site
@@ -67,6 +67,7 @@ def prepare_model(
             device=settings.device,
             dtype=settings.dtype,
             max_context=settings.max_context,
+            batch_invariant=settings.batch_invariant,
             progress=progress,
             compiling=compiling,
             merging=merging,
@@ -76,13 +77,20 @@ def prepare_model(
             raise
         raise StartupError(f"--merged {merged.name}: {error.message}") from error
     model = loaded.model
-    if model.shortcut is not None:
+    if model.shortcut is not None and model.device.type == "cpu":
         # All that is worth several threads has those of the native operations. Torch's own may spin for
         # milliseconds after each use, on the cores where these are to run.
         torch.set_num_threads(1)
     block_size = EngineSettings().block_size
     most = settings.max_batch_rows * -(-model.max_context // block_size)
-    model.allocate_kv(kv_blocks(model, settings.kv_memory, block_size, most), block_size)
+    step = step_bytes(model, settings.max_batch_tokens, settings.max_batch_rows)
+    blocks = kv_blocks(model, settings.kv_memory, block_size, most, adapters=settings.adapter_memory, step=step)
+    try:
+        model.allocate_kv(blocks, block_size)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"--kv-memory: {blocks} blocks of {block_size} tokens do not fit: {error}") from error
+    if model.can_capture:
+        model.capture_decode_steps(settings.max_batch_rows)
     return loaded
 
 

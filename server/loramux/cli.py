@@ -93,8 +93,11 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     ]
     for option in config.options().values():
         shown = "" if option.default in (None, ()) else f" [dim]Default: {_shown(option.default)}.[/]"
-        declared = typer.Option(option.flag, help=_plain(option.help) + shown, metavar=option.metavar)
-        kind = list[str] | None if option.repeatable else str | None
+        switch = isinstance(option.default, bool)  # a flag without a value
+        declared = typer.Option(
+            option.flag, help=_plain(option.help) + shown, metavar=None if switch else option.metavar
+        )
+        kind: Any = list[str] | None if option.repeatable else bool | None if switch else str | None
         parameters.append(
             inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declared]

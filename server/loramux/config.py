@@ -45,7 +45,7 @@ class Settings:
     dtype: str = field(
         default="auto",
         metadata=_is(
-            choice("auto", "bf16", "fp32"),
+            choice("auto", "bf16", "fp16", "fp32"),
             "Type of activations and adapters; auto is bf16 where that is native.",
         ),
     )
@@ -160,7 +160,16 @@ class Settings:
         default=None,
         metadata=_is(
             values.MEMORY,
-            "Memory of the KV cache: a size, or a share of what is free, e.g. 40%. Unset: 10% on a CPU, 85% on a GPU.",
+            "Memory of the KV cache: a size, or a share of what is free, e.g. 40%. Unset: 10% on a CPU, 85% on a GPU "
+            "of what adapters and the largest step leave.",
+        ),
+    )
+    batch_invariant: bool = field(
+        default=False,
+        metadata=_is(
+            values.SWITCH,
+            "On a GPU, keep every answer the same to the last bit whatever else is in the batch, at some cost in "
+            "speed. On a CPU in bf16 that is always so.",
         ),
     )
     max_batch_tokens: int = field(

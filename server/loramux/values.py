@@ -68,6 +68,16 @@ def choice(*allowed: str) -> Kind:
     return Kind(parse, "|".join(allowed))
 
 
+def _parse_switch(given: object) -> bool:
+    if isinstance(given, bool):
+        return given
+    word = given.strip().lower() if isinstance(given, str) else given
+    for value, words in ((True, ("on", "true", "yes", "1")), (False, ("off", "false", "no", "0"))):
+        if word in words:
+            return value
+    raise ValueError("on or off")
+
+
 def integer(metavar: str, low: int, high: int) -> Kind:
     """A whole number, low ≤ value ≤ high."""
 
@@ -167,6 +177,7 @@ def many(one: Kind) -> Kind:
     return Kind(parse, one.metavar)
 
 
+SWITCH = Kind(_parse_switch, "on|off")
 SIZE = Kind(_parse_size, "SIZE")
 SIZE_OR_NONE = Kind(partial(_parse_size, least=0), "SIZE")
 MEMORY = Kind(_parse_memory, "SIZE|PERCENT")

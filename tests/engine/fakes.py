@@ -82,6 +82,8 @@ class FakeModel:
     steps: list[tuple[int, int]] = field(default_factory=list)
     delay: float = 0.0
     fail_steps: int = 0
+    fault: Exception = field(default_factory=lambda: RuntimeError("seeded fault: a secret of the internals"))
+    asynchronous: bool = False
     poison: int | None = None  # a sequence whose last token is this one gets NaN logits
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ class FakeModel:
     def forward(self, inputs: ModelInputs) -> Tensor:
         if self.fail_steps:
             self.fail_steps -= 1
-            raise RuntimeError("seeded fault: a secret of the internals")
+            raise self.fault
         time.sleep(self.delay)
         tokens, positions, slots = (t.tolist() for t in (inputs.token_ids, inputs.positions, inputs.slots))
         assert len(set(slots)) == len(slots), "two rows write the same slot"

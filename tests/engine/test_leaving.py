@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from loramux.errors import Cancelled, DeadlineExceeded, EngineFault
+import torch
+from loramux.errors import Cancelled, DeadlineExceeded, EngineFault, Overloaded
 
 from .fakes import Bench, FakeAdapter, FakeModel, adapter, expected, request
 
@@ -161,4 +162,41 @@ def test_nothing_follows_the_failure_of_one_of_n_sequences() -> None:
     assert isinstance(bench.error(r), EngineFault)
     assert bench.tokens(r, 0) == ids[:5]
     assert bench.tokens(r, 1) == ids[:4]
+    bench.assert_baseline()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_device_without_memory_for_a_step_fails_its_requests_only(asynchronous: bool) -> None:
+    """However often it happens: the next step may be a small one, and the server is healthy."""
+    bench = Bench(FakeModel(asynchronous=asynchronous, fault=torch.OutOfMemoryError("tried to allocate 2 GiB")))
+    for i in range(10):
+        bench.model.fail_steps = 1
+        crowded = [request([i, 1], request_id="a"), request([i, 2], adapter("x"), n=2, request_id="b")]
+        bench.submit(*crowded)
+        bench.engine.step()
+        for r in crowded:
+            error = bench.error(r)
+            assert isinstance(error, Overloaded)
+            assert (error.status, error.reason) == ("RESOURCE_EXHAUSTED", "DEVICE_MEMORY")
+            assert "GiB" not in error.message
+    assert bench.engine.healthy
+    assert bench.engine.stats().faults == 0
+    later = request([3, 4])
+    bench.submit(later)
+    bench.run()
+    assert bench.tokens(later) == expected(later.prompt_ids)
+    bench.assert_baseline()
+
+
+def test_without_memory_to_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("seeded")
+
+    bench = Bench()
+    r = request([1, 2])
+    bench.submit(r)
+    with monkeypatch.context() as patch:
+        patch.setattr("loramux.engine.engine.sample", full)
+        bench.engine.step()
+    assert isinstance(bench.error(r), Overloaded)
     bench.assert_baseline()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from loramux.engine import sampler
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Delta, Event, Request, SequenceFinished
 from loramux.engine.settings import EngineSettings
@@ -369,3 +370,22 @@ async def test_lease_owner_that_raises_harms_nobody() -> None:
     assert await server.answer(request([1])) == expected([1])
     assert await engine.drain(5) == 0
     await engine.stop()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_events_go_while_the_model_computes(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where forward only launches, between the launch and the wait; elsewhere before forward, which is the wait."""
+    order: list[str] = []
+    async with serve() as server:
+        server.model.asynchronous = asynchronous
+        forward, flush = server.model.forward, server.engine._flush
+        monkeypatch.setattr(server.model, "forward", lambda inputs: (order.append("forward"), forward(inputs))[1])
+        monkeypatch.setattr(server.engine, "_flush", lambda: (order.append("flush"), flush())[1])
+        monkeypatch.setattr(
+            "loramux.engine.engine.sample", lambda *given: (order.append("sample"), sampler.sample(*given))[1]
+        )
+        r = request([1, 2])
+        assert await server.answer(r) == expected(r.prompt_ids)
+    step = ["forward", "flush", "sample"] if asynchronous else ["flush", "forward", "sample"]
+    first = order.index("forward") - step.index("forward")
+    assert order[first : first + 24] == step * 8

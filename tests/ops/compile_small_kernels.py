@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from loramux.ops.cuda import elementwise, sampling
+from loramux.ops.cuda import dense, elementwise, sampling
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,6 +46,12 @@ def rotate(dim: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     return elementwise._rotate_and_store, types, constants, 4
 
 
+def head(inputs: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    types = dict.fromkeys(("x", "weight", "bias", "y"), "*bf16") | dict.fromkeys(("rows", "width", "row_tiles"), "i32")
+    constants = {"K": inputs, "BIAS": True, "BLOCK_T": dense._ROWS, "BLOCK_N": dense._OUTPUTS}
+    return dense._dense, types, constants | {"BLOCK_K": dense._INPUTS, "WIDE": False}, 4
+
+
 def look() -> tuple[Any, dict[str, str], dict[str, Any], int]:
     types = {"logits": "*bf16", "logits_row": "i32", "vocabulary": "i32", "highest": "*fp32", "mass": "*fp32"}
     types |= {"place": "*i32", "broken": "*i32", "chunks": "i32"}
@@ -64,6 +70,7 @@ KERNELS = {
     "gate": gate(),
     "rotate 64": rotate(64),
     "rotate 256": rotate(256),
+    "head": head(4096),
     "look": look(),
     "conclude": conclude(),
 }

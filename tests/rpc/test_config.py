@@ -45,6 +45,9 @@ def test_every_kind_of_value() -> None:
     assert Memory(bytes=7).resolve(1000) == 7
     assert settings.drain_timeout == 1.5
     assert settings.max_message_bytes == 1_500_000
+    assert load({"batch_invariant": True}, environ={}).batch_invariant
+    assert load(environ={"LORAMUX_BATCH_INVARIANT": "on"}).batch_invariant
+    assert not load({"batch_invariant": "no"}, environ={"LORAMUX_BATCH_INVARIANT": "1"}).batch_invariant
     assert load(environ={"LORAMUX_ADAPTER": "a, b=/x,"}).adapter == (StartAdapter("a"), StartAdapter("b", "/x"))
 
 
@@ -55,6 +58,7 @@ def test_every_kind_of_value() -> None:
         ({"port": "http"}, "--port: 'http' is not allowed; give a whole number from 0 to 65535"),
         ({"port": True}, "--port: True is not allowed"),
         ({"device": "tpu"}, "--device: 'tpu' is not allowed; give one of auto, cpu, cuda"),
+        ({"batch_invariant": "perhaps"}, "--batch-invariant: 'perhaps' is not allowed; give on or off"),
         ({"adapter_memory": "lots"}, "--adapter-memory: 'lots' is not allowed; give a size such as 512MiB"),
         ({"adapter_memory": "0"}, "--adapter-memory: '0' is not allowed"),
         ({"kv_memory": "200%"}, "--kv-memory: '200%' is not allowed; give a size such as 2GiB, or a share"),

@@ -36,11 +36,12 @@ from loramux.engine.scheduler import Row, Scheduler
 from loramux.engine.sequence import Sequence, Status
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats, StepSeconds
-from loramux.errors import EngineFault, LoramuxError
+from loramux.errors import EngineFault, LoramuxError, Overloaded
 from loramux.model.inputs import ModelInputs
 
 log = logging.getLogger(__name__)
 
+NO_MEMORY_TEXT = "the device ran out of memory in a step of this request; ask again when less is running"
 FAULT_TEXT = "the engine failed while it ran this request; the server's log has the details"
 
 
@@ -57,6 +58,10 @@ class Model(Protocol):
     def block_size(self) -> int: ...
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `forward` only launches work on a device, and reading its logits waits for it."""
+        ...
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Write the keys and values of all rows, return logits [R, vocab_size] of `inputs.logits_rows`."""
@@ -146,25 +151,36 @@ class Engine:
             lap("schedule")
             try:
                 batch = build_batch(rows, self.kv.block_size)
-            except Exception:
-                self._survive_fault(rows)
+            except Exception as error:
+                self._survive(error, rows)
                 continue
             lap("build")
             return batch
         lap("schedule")
         return None
 
-    def compute(self, batch: Batch) -> None:
-        """Run the model on the batch and give its tokens out."""
+    def compute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Run the model on the batch and give its tokens out. `meanwhile` is called once, when the host has nothing to
+        do for the batch: before a model that computes here, and where it only launches, after it."""
+        if not self.model.asynchronous:
+            meanwhile()
         lap = _Laps(self._seconds, self._clock)
         try:
             with torch.inference_mode():
                 logits = self.model.forward(batch.inputs)
             lap("forward")
+        except Exception as error:
+            self._survive(error, batch.rows)
+            return
+        finally:
+            if self.model.asynchronous:
+                meanwhile()
+        lap = _Laps(self._seconds, self._clock)
+        try:
             tokens = sample(logits, batch.sampled)
             lap("sample")
-        except Exception:
-            self._survive_fault(batch.rows)
+        except Exception as error:
+            self._survive(error, batch.rows)
             return
         self._deliver(batch, tokens)
         lap("deliver")
@@ -243,16 +259,22 @@ class Engine:
                 group.first_scheduled = now
                 group.cached_tokens = row.start
 
-    def _survive_fault(self, rows: list[Row]) -> None:
+    def _survive(self, error: Exception, rows: list[Row]) -> None:
         """The step's requests fail; the rest go on if the books balance. Else AssertionError ends the engine.
 
-        Blocks that the failed step may have half written were not offered to others: that comes after a step.
+        Blocks that the failed step may have half written were not offered to others: that comes after a step. A device
+        without memory for this step has no fault: it may well have enough for the next one.
         """
-        self._faults += 1
-        self._consecutive_faults += 1
-        log.exception("engine fault %d in a row; %d rows fail", self._consecutive_faults, len(rows))
+        if isinstance(error, torch.OutOfMemoryError):
+            log.warning("no memory for a step of %d rows, which fail: %s", len(rows), error)
+            reason: LoramuxError = Overloaded(NO_MEMORY_TEXT, reason="DEVICE_MEMORY")
+        else:
+            self._faults += 1
+            self._consecutive_faults += 1
+            log.exception("engine fault %d in a row; %d rows fail", self._consecutive_faults, len(rows))
+            reason = EngineFault(FAULT_TEXT)
         for row in rows:
-            self.finish(row.sequence.group, RequestFailed(EngineFault(FAULT_TEXT)))
+            self.finish(row.sequence.group, RequestFailed(reason))
         self.check_books()
 
     def _deliver(self, batch: Batch, tokens: list[Sampled | None]) -> None:

@@ -3,9 +3,10 @@
 What crosses: requests and aborts through an inbox (deque + threading.Event), events back through an outbox
 that goes to the event loop in one call_soon_threadsafe a step. Neither side ever waits for the other.
 
-The outbox goes when the next batch is ready, so that the loop writes to the clients while the model computes
-without the interpreter's lock; and a second thread, the messenger, makes the call. Whoever wakes the loop gives
-the lock away and gets it back only after the loop has written what it was woken for.
+The outbox goes when the next batch is ready (where forward only launches work, once that is launched), so that the
+loop writes to the clients while the model computes without the interpreter's lock; and a second thread, the
+messenger, makes the call. Whoever wakes the loop gives the lock away and gets it back only after the loop has
+written what it was woken for.
 """
 
 from __future__ import annotations
@@ -215,10 +216,10 @@ class AsyncEngine:
                 while self._inbox:
                     self._inbox.popleft()()
                 batch = self._engine.prepare()
-                self._flush()
                 if batch is not None:
-                    self._engine.compute(batch)
+                    self._engine.compute(batch, meanwhile=self._flush)
                 else:
+                    self._flush()
                     self._wake.wait(self._engine.idle_seconds())
             self._flush()
         except BaseException:

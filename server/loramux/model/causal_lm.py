@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loramux.model.graphs import CudaRecorder, DecodeGraphs, Recorder
 from loramux.model.inputs import ModelInputs
 from loramux.model.modules import SiteLinear
 from loramux.model.shortcut import Shortcut
 from loramux.model.step import Step
 from loramux.ops.backend import Backend
+from loramux.ops.fused import CapturableBackend
 from loramux.ops.paged import LayerCache, PagedBatch
 from loramux.ops.segment import Segment
 from loramux.ops.site import Site
@@ -65,6 +67,7 @@ class CausalLM:
         self.dtype = dtype
         self.eos_token_ids = eos_token_ids
         self.shortcut: Shortcut | None = None  # in place of the skeleton's own forward
+        self.graphs: DecodeGraphs | None = None  # in place of the shortcut, in decode steps
         self.block_size = 0
         self.num_kv_blocks = 0
         config = skeleton.config
@@ -100,6 +103,11 @@ class CausalLM:
         return self.facts.max_context
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether `forward` returns when the work is launched, and waiting for its logits is waiting for the work."""
+        return self.device.type == "cuda"
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes over all layers. Known once the self-test has run."""
         return sum(
@@ -113,7 +121,8 @@ class CausalLM:
         return self._linears[site.index].dequantize()
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> None:
-        """Replace the cache by one of `num_blocks` blocks of `block_size` tokens."""
+        """Replace the cache by one of `num_blocks` blocks of `block_size` tokens. Graphs of the old one are gone."""
+        self.graphs = None
         shapes = {i: (c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for i, c in self._step.caches.items()}
         self._step.caches.clear()
         for layer, (heads, key_dim, value_dim) in sorted(shapes.items()):
@@ -122,9 +131,35 @@ class CausalLM:
             )
         self.num_kv_blocks, self.block_size = num_blocks, block_size
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether decode steps can be CUDA graphs: on a GPU, of a model with a shortcut, if the backend allows it."""
+        return (
+            self.device.type == "cuda"
+            and self.shortcut is not None
+            and isinstance(self._step.backend, CapturableBackend)
+        )
+
+    def capture_decode_steps(self, max_rows: int, recorder: Recorder | None = None) -> None:
+        """Replay decode steps of at most `max_rows` sequences from now on; call it after `allocate_kv`. `recorder` is
+        another one than CUDA's, for tests."""
+        assert self.shortcut is not None
+        self.graphs = DecodeGraphs(
+            self.shortcut,
+            self._step,
+            recorder or CudaRecorder(self.device),
+            self.device,
+            max_rows=max_rows,
+            max_context=self.max_context,
+            block_size=self.block_size,
+        )
+
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs) -> Tensor:
-        """Logits [R, V] in the compute dtype for `inputs.logits_rows`; writes the rows' keys and values."""
+        """Logits [R, V] in the compute dtype for `inputs.logits_rows`, good until the next call; writes the rows'
+        keys and values."""
+        if self.graphs is not None and (replayed := self.graphs.run(inputs)) is not None:
+            return replayed
         ids, positions = inputs.token_ids.to(self.device), inputs.positions.to(self.device)
         rows = inputs.logits_rows.to(self.device)
         with self._running(inputs):

@@ -1,4 +1,4 @@
-"""Decoder layers of the usual shape in one call, where the backend is native.
+"""Decoder layers of the usual shape in one call, where the backend has the parts (`ops.fused.FusingBackend`).
 
 Layers are replaced only if their class is one whose forward is known to be this: norm, q/k/v, rotary attention, o,
 residual and norm, silu(gate)·up, down, residual. Everything else keeps running transformers' own code.
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loramux.model.modules import LinearGroup, SiteLinear
 from loramux.model.skeleton import decoder_layers
 from loramux.model.step import Step
-from loramux.ops.cpu.backend import LayerOperations, NativeBackend, NativeDecoder, NativeLinear
+from loramux.ops.fused import FusedLinear, FusingBackend, LayerOperations
 
 _LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
 _NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
@@ -24,7 +24,7 @@ _NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSN
 class FusedNorm(nn.Module):
     """Llama's RMSNorm."""
 
-    def __init__(self, norm: nn.Module, backend: NativeBackend) -> None:
+    def __init__(self, norm: nn.Module, backend: FusingBackend) -> None:
         super().__init__()
         self.weight = norm.weight
         self._epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
@@ -39,7 +39,9 @@ class FusedNorm(nn.Module):
 class FusedDecoder(nn.Module):
     """All decoder layers of a model, Llama-shaped. Holds the originals as `layers`, which keep the norms' weights."""
 
-    def __init__(self, layers: nn.ModuleList, step: Step, operations: list[LayerOperations]) -> None:
+    def __init__(
+        self, layers: nn.ModuleList, step: Step, operations: list[LayerOperations], backend: FusingBackend
+    ) -> None:
         super().__init__()
         self.layers = layers
         first: Any = layers[0]
@@ -51,7 +53,7 @@ class FusedDecoder(nn.Module):
         self._dim: int = attention.head_dim
         self._kv_heads = attention.k_proj.out_features // self._dim
         heads = attention.q_proj.out_features // self._dim
-        self._decoder = NativeDecoder(operations, heads, self._kv_heads, self._dim)
+        self._decoder = backend.decoder(operations, heads, self._kv_heads, self._dim)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any
@@ -75,7 +77,7 @@ class FusedDecoder(nn.Module):
 class FusedHead(nn.Module):
     """A dense lm_head that no adapter changes."""
 
-    def __init__(self, head: nn.Linear, step: Step, linear: NativeLinear) -> None:
+    def __init__(self, head: nn.Linear, step: Step, linear: FusedLinear) -> None:
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
         self._step = step
@@ -88,14 +90,14 @@ class FusedHead(nn.Module):
 
 
 def fuse(model: PreTrainedModel, step: Step, probe: Callable[[], object]) -> bool:
-    """Replace what is known to be replaceable, if the backend is native; returns whether all layers are one call now.
+    """Replace what is known to be replaceable, if the backend has the parts; returns whether the layers are one call.
 
     A model of which some layers are of another shape keeps all of them. `probe` runs the model as it is, once, to
     learn what each layer's attention asks for (its window, its scaling): some layers keep that in attributes, some in
     the configuration.
     """
     backend = step.backend
-    if not isinstance(backend, NativeBackend):
+    if not isinstance(backend, FusingBackend):
         return False
     path, layers = decoder_layers(model)
     operations: list[LayerOperations] = []
@@ -107,7 +109,7 @@ def fuse(model: PreTrainedModel, step: Step, probe: Callable[[], object]) -> boo
     holder = model.get_submodule(parent)
     fused = len(operations) == len(layers)
     if fused:
-        setattr(holder, name, nn.ModuleList([FusedDecoder(layers, step, operations)]))
+        setattr(holder, name, nn.ModuleList([FusedDecoder(layers, step, operations, backend)]))
     for child_name, child in list(holder.named_children()):
         if type(child).__name__ in _NORMS:
             setattr(holder, child_name, FusedNorm(child, backend))
@@ -134,10 +136,10 @@ def _llama_shaped(layer: Any) -> bool:
 
 
 def _operations(layer: Any, step: Step) -> LayerOperations | None:
-    """The operations of a Llama-shaped layer that has run once; None if one of them is not native."""
+    """The operations of a Llama-shaped layer that has run once; None if one of them is not fused."""
     attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-    qkv, o = _native(attention.q_proj, 3), _native(attention.o_proj)
-    gate_up, down = _native(mlp.gate_proj, 2), _native(mlp.down_proj)
+    qkv, o = _fused(attention.q_proj, 3), _fused(attention.o_proj)
+    gate_up, down = _fused(mlp.gate_proj, 2), _fused(mlp.down_proj)
     shape = step.attention_shapes[attention.layer_idx]
     if qkv is None or o is None or gate_up is None or down is None:
         return None
@@ -156,9 +158,9 @@ def _operations(layer: Any, step: Step) -> LayerOperations | None:
     )
 
 
-def _native(module: object, members: int = 1) -> NativeLinear | None:
-    """The native operation of a site's group, if it is one and has that many members."""
+def _fused(module: object, members: int = 1) -> FusedLinear | None:
+    """The operation of a site's group, if it is one and has that many members."""
     if not isinstance(module, SiteLinear) or not isinstance(module.group, LinearGroup):
         return None
     linear = module.group.linear
-    return linear if isinstance(linear, NativeLinear) and linear.parts == members else None
+    return linear if isinstance(linear, FusedLinear) and linear.parts == members else None

@@ -51,6 +51,7 @@ def load_model(
     dtype: str = "auto",
     max_context: int | None = None,
     backend: Backend | None = None,
+    batch_invariant: bool = False,
     progress: Progress | None = None,
     compiling: Progress | None = None,
     revision: str | None = None,
@@ -60,9 +61,10 @@ def load_model(
     dense: `sources.TensorSource.merged`).
 
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
-    adapters are computed in. max_context lowers the model's own limit and never raises it. progress(done, total) is
-    called after each tensor, compiling(done, total) after each file if native operations are compiled. merging(sites)
-    gives what to merge into the layers; those that it changes are dense. Raises StartupError (bad source or device) or
+    adapters are computed in. max_context lowers the model's own limit and never raises it. batch_invariant refuses
+    operations whose results depend on the rest of the batch. progress(done, total) is called after each tensor,
+    compiling(done, total) after each file if native operations are compiled. merging(sites) gives what to merge into
+    the layers; those that it changes are dense. Raises StartupError (bad source or device, too little memory) or
     UnsupportedModel (cannot be served), with the reason; InvalidAdapter for what cannot be merged.
     """
     place = pick_device(device)
@@ -70,18 +72,31 @@ def load_model(
     opened = open_source(source, revision=revision) if isinstance(source, str) else source
     skeleton = build_skeleton(opened.config, compute, ATTENTION)
     linears = place_sites(skeleton)
+    operations = backend or select_backend(place, compute, compiling, batch_invariant=batch_invariant)
+    if batch_invariant and not operations.batch_invariant:
+        raise StartupError(
+            f"--batch-invariant: {operations.name} on {place.type} in {dtype} sums in an order that depends on the "
+            "batch; serve in bf16 or fp16 on a GPU with Triton, or in bf16 on a CPU with the native operations"
+        )
     total = len(linears) + len(parameters(skeleton))
     reader = WeightReader(opened, skeleton.base_model_prefix)
     change = None if merging is None else merging([linear.site for linear in linears])
-    for done, _ in enumerate(fill(skeleton, linears, reader, compute, place, change), 1):
-        if progress is not None:
-            progress(done, total)
+    done = 0
+    try:
+        for done, _ in enumerate(fill(skeleton, linears, reader, compute, place, change), 1):
+            if progress is not None:
+                progress(done, total)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"{opened.name} does not fit on {place}: its memory was full after {done} of {total} tensors "
+            f"({_memory(place)}); take a smaller model, a larger device, or give up what else runs there"
+        ) from error
 
     def make_cache(heads: int, key_dim: int, value_dim: int) -> LayerCache:
         # Only until the KV cache proper is allocated: room for the self-test's first pass.
         return LayerCache.allocate(8, BLOCK, heads, key_dim, value_dim, compute, place)
 
-    step = Step(backend or select_backend(place, compute, compiling), make_cache)
+    step = Step(operations, make_cache)
     connect(skeleton, linears, step)
     model = CausalLM(
         opened.name,
@@ -147,6 +162,12 @@ def pick_device(device: str) -> torch.device:
             "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
         )
     return torch.device(device)
+
+
+def _memory(device: torch.device) -> str:
+    free, whole = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_allocated(device)
+    return f"{ours / 2**30:.1f} GiB hold the model so far, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB are free"
 
 
 def _eos_token_ids(source: TensorSource) -> frozenset[int]:

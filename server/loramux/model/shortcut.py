@@ -22,7 +22,7 @@ class Shortcut:
     ) -> None:
         self._embedding = embedding
         self._decoder, self._norm, self._head = decoder, norm, head
-        cosines, sines = rotary(embedding, position_ids=torch.arange(max_context)[None])
+        cosines, sines = rotary(embedding, position_ids=torch.arange(max_context, device=embedding.device)[None])
         self._cosines, self._sines = cosines[0], sines[0]
 
     @classmethod

@@ -64,9 +64,13 @@ class Linear(ABC):
 
 
 class Backend(ABC):
-    """Operations on flat batches: x is [T, features], without padding. Nothing given is written to, but caches."""
+    """Operations on flat batches: x is [T, features], without padding. Nothing given is written to, but caches.
+
+    `batch_invariant` says that a row's result is the same to the last bit whatever the other rows are.
+    """
 
     name: str
+    batch_invariant: bool = False
 
     def prepare(self, parts: Sequence[LinearPart], sites: Sequence[int]) -> Linear:
         """Take over the weights of `parts`, which are the sites of these indices, for the model's whole life."""

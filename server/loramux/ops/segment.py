@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,12 +32,20 @@ class AdapterWeights(Mapping[int, LoraWeights]):
     buffer   [elements] one allocation in the compute dtype that `views` look into
     offsets  int64 [n_sites, 4] on the CPU: elements where A, B, bias and scale begin; -1 where there is none
     ranks    int32 [n_sites] on the CPU: 0 where the adapter leaves the site alone
+
+    Learned from these once, for each step asks: `max_rank`, and `extras`, whether any site has a bias or a scale.
     """
 
     buffer: Tensor
     offsets: Tensor
     ranks: Tensor
     views: Mapping[int, LoraWeights]
+    max_rank: int = field(init=False)
+    extras: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_rank", int(self.ranks.max()))
+        object.__setattr__(self, "extras", bool((self.offsets[:, 2:] >= 0).any()))
 
     def __getitem__(self, site: int) -> LoraWeights:
         return self.views[site]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loramux.ops.backend import Backend, BoundSegments, Linear, LinearPart
+from loramux.ops.backend import BoundSegments, Linear, LinearPart
 from loramux.ops.cpu.build import load_native
 from loramux.ops.cpu.packed import PackedNF4
 from loramux.ops.dense import DenseWeight
+from loramux.ops.fused import FusedLinear, FusingBackend, LayerOperations
 from loramux.ops.grouped import GroupedBackend
 from loramux.ops.nf4 import BLOCK_SIZE
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
@@ -31,7 +32,7 @@ class NativeSegments(BoundSegments):
     table: Tensor
 
 
-class NativeLinear(Linear):
+class NativeLinear(FusedLinear):
     """Parts in tile order, and their addresses in one tensor (the words of `Part` in linear.h)."""
 
     def __init__(
@@ -58,7 +59,6 @@ class NativeLinear(Linear):
         return (weight.unpack() if isinstance(weight, PackedNF4) else weight).dequantize(torch.float32)
 
     def run(self, x: Tensor, segments: BoundSegments) -> Tensor:
-        """x [T, K] → [T, ΣN], the parts side by side."""
         assert isinstance(segments, NativeSegments)
         y = x.new_empty(x.shape[0], self.width)
         torch.ops.loramux_cpu.linear(x, self._plan, segments.table, y)
@@ -67,21 +67,6 @@ class NativeLinear(Linear):
     def __call__(self, x: Tensor, segments: BoundSegments) -> tuple[Tensor, ...]:
         y = self.run(x, segments)
         return tuple(y[:, begin:end] for begin, end in self._bounds)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerOperations:
-    """A Llama-shaped decoder layer: its linear operations, norms [hidden] with their epsilons, and its attention."""
-
-    qkv: NativeLinear
-    o: NativeLinear
-    gate_up: NativeLinear
-    down: NativeLinear
-    input_norm: Tensor
-    input_epsilon: float
-    post_attention_norm: Tensor
-    post_attention_epsilon: float
-    shape: AttentionShape
 
 
 class NativeDecoder:
@@ -105,7 +90,6 @@ class NativeDecoder:
         batch: PagedBatch,
         segments: BoundSegments,
     ) -> Tensor:
-        """x [T, hidden], cosines and sines [T, dim], a cache a layer → [T, hidden]; writes keys and values."""
         assert isinstance(segments, NativeSegments)
         if self._caches != tuple(caches):
             self._caches = tuple(caches)
@@ -131,7 +115,10 @@ class NativeDecoder:
 
 def _layer_words(layer: LayerOperations, cache: LayerCache) -> list[int]:
     """The words of `Part` seven times, then those that module.cpp reads into a `Layer`."""
-    parts = [*layer.qkv.words, *layer.o.words, *layer.gate_up.words, *layer.down.words]
+    parts = []
+    for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        assert isinstance(linear, NativeLinear)
+        parts += linear.words
     assert len(parts) == 7
     return [
         *(word for part in parts for word in part),
@@ -146,11 +133,13 @@ def _layer_words(layer: LayerOperations, cache: LayerCache) -> list[int]:
     ]
 
 
-class NativeBackend(Backend):
+class NativeBackend(FusingBackend):
     """AMX, AVX512 or AVX2, whichever `load_native` finds best. Raises build.Unavailable.
 
     `norm`, `gate` and `rotary_attention` are what NativeDecoder's layers are made of, one at a time; all in bfloat16.
     """
+
+    batch_invariant = True
 
     def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
         self.isa = load_native(isa, threads)
@@ -199,11 +188,13 @@ class NativeBackend(Backend):
         return NativeLinear(words, weights, biases)
 
     def prepare_dense(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | None:
-        """A dense bfloat16 [N, K] layer that no adapter changes (lm_head); None if it cannot be taken."""
         if weight.dtype != torch.bfloat16 or weight.shape[1] % _DENSE_MULTIPLE or not weight.is_contiguous():
             return None
         held = _held(bias)
         return NativeLinear([_dense_words(weight, held, -1, 0)], [DenseWeight(weight)], [held])
+
+    def decoder(self, layers: Sequence[LayerOperations], heads: int, kv_heads: int, dim: int) -> NativeDecoder:
+        return NativeDecoder(layers, heads, kv_heads, dim)
 
     def bind(self, segments: tuple[Segment, ...]) -> BoundSegments:
         if not segments:
@@ -274,14 +265,12 @@ class NativeBackend(Backend):
         return out
 
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """(s, rms_norm(s)·weight) with s = x + residual; all [T, features]. Without residual, s is x itself."""
         y = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
         torch.ops.loramux_cpu.norm(x, _NONE if residual is None else residual, weight, epsilon, total, y)
         return total, y
 
     def gate(self, both: Tensor) -> Tensor:
-        """silu(both[:, :N])·both[:, N:] for both [T, 2N]."""
         y = both.new_empty(both.shape[0], both.shape[1] // 2)
         torch.ops.loramux_cpu.gate(both, y)
         return y

@@ -10,11 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from loramux.ops.backend import BoundSegments, Linear, LinearPart
+from loramux.ops.backend import BoundSegments, LinearPart
 from loramux.ops.cuda.kernels import lora_down, nf4_linear
 from loramux.ops.cuda.lookup import is_standard, lookup_assembly
 from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
+from loramux.ops.fused import FusedLinear
 from loramux.ops.nf4 import BLOCK_SIZE, NF4Weight
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -59,7 +60,7 @@ def tiling(rows: int, *, invariant: bool) -> Tiling:
     return Tiling(128, 128, 8, 4)
 
 
-class TritonLinear(Linear):
+class TritonLinear(FusedLinear):
     """NF4 parts in tile order (tiles.py) and float32 biases, on the device; runs in bfloat16 or float16.
 
     Each row is W·x in float32, its branches and biases added in float32, rounded once; h = weight·(A·x) is rounded to

@@ -68,8 +68,8 @@ def bind(segments: tuple[Segment, ...], device: torch.device, into: TritonSegmen
         addresses = weights.buffer.data_ptr(), offsets.data_ptr(), ranks.data_ptr()
         rows.append((segment.start, segment.stop, _bits(segment.weight), *addresses, total, 0))
         total += segment.stop - segment.start
-        max_rank = max(max_rank, int(weights.ranks.max()))
-        extras = extras or bool((weights.offsets[:, 2:] >= 0).any())
+        max_rank = max(max_rank, weights.max_rank)
+        extras |= weights.extras
     bound = into
     if bound is None:
         bound = TritonSegments.reserve(len(rows), total, max_rank, device, extras=extras)
