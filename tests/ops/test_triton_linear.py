@@ -336,8 +336,8 @@ for capability, dtype, rows in ((90, "bf16", 1), (90, "fp16", 64), (80, "bf16", 
         nf4_linear, dtype, capability, t.warps, t.stages, K=4096, PARTS=3, ROWS=n, COLUMNS=sum(n), DOUBLE=True,
         BIAS=True, LORA=True, EXTRAS=True, SHARED=True, SPLITS=2, DOWN_SPLITS=2, BLOCK_N=t.outputs, BLOCK_T=t.rows,
         BLOCK_R=16, ASSEMBLY=lookup_assembly(torch.bfloat16 if dtype == "bf16" else torch.float16), WIDE=False))
-    results.append(build(lora_down, dtype, capability, 4, 4, K=4096, PARTS=3, SPLITS=2, BLOCK_R=16, BLOCK_T=min(t.rows, 64),
-                         BLOCK_K=128, WIDE=False))
+    results.append(build(lora_down, dtype, capability, 4, 4, K=4096, PARTS=3, SPLITS=2, BLOCK_R=16,
+                         BLOCK_T=min(t.rows, 64), BLOCK_K=128, WIDE=False))
 print(json.dumps(results))
 """
 
