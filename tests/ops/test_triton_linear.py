@@ -303,6 +303,20 @@ def test_the_look_up_in_registers(dtype: torch.dtype) -> None:
         assert torch.equal(out, torch.cat((values[codes >> 4], values[codes & 15])))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed", range(4))
+def test_many_rows_are_multiplied_densely(seed: int, dtype: torch.dtype) -> None:
+    case = Case(seed, 520, dtype)
+    linear = case.linear()
+    y = linear.run(case.x.to(DEVICE), bind(tuple(case.segments), DEVICE))
+    expected = case.expected()
+    error = (y.cpu().float() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[dtype]
+    assert [tuple(part.shape) for part in linear(case.x.to(DEVICE), bind((), DEVICE))] == [
+        (520, n) for n in case.widths
+    ]
+
+
 COMPILE = """
 import json, torch, triton
 from triton.backends.compiler import GPUTarget

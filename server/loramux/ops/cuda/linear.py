@@ -10,12 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
-from loramux.ops.backend import BoundSegments, LinearPart
+from loramux.ops.backend import BoundSegments, LinearPart, PlainLinear
 from loramux.ops.cuda.kernels import lora_down, nf4_linear
 from loramux.ops.cuda.lookup import is_standard, lookup_assembly
 from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
 from loramux.ops.fused import FusedLinear
+from loramux.ops.grouped import GroupedBackend
 from loramux.ops.nf4 import BLOCK_SIZE, NF4Weight
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -25,6 +26,9 @@ _ENOUGH_PROGRAMS = 264
 # A program sums at least so many blocks of 64 inputs; below that its start costs more than its share.
 _LEAST_BLOCKS = 8
 _MAX_SPLITS = 16
+# From so many rows on (long prefill chunks) a weight is dequantized once, for a dense product of the library's: each of
+# the kernel's tiles of 128 rows would expand it again. An estimate; nothing was measured.
+_DENSE_ROWS = 512
 # Inputs that one program of lora_down sums over.
 _DOWN_INPUTS = 2048
 
@@ -64,8 +68,8 @@ class TritonLinear(FusedLinear):
     """NF4 parts in tile order (tiles.py) and float32 biases, on the device; runs in bfloat16 or float16.
 
     Each row is W·x in float32, its branches and biases added in float32, rounded once; h = weight·(A·x) is rounded to
-    x's dtype on the way. With `invariant` a row's bits do not depend on the other rows: one tile shape, and one order
-    of summation, whatever the batch.
+    x's dtype on the way. From _DENSE_ROWS rows on, GroupedBackend's way, with the same weight. With `invariant` a row's
+    bits do not depend on the other rows: one tile shape, and one order of summation, whatever the batch.
 
     It takes parts for which `accepts` is true. What it does not take is left to GroupedBackend (through PlainLinear): a
     dense weight, K that is no multiple of 64, parts of one operation of which only some are doubly quantized, a table
@@ -79,6 +83,8 @@ class TritonLinear(FusedLinear):
         self._invariant = invariant
         device = self._tiled.codes.device
         self._sites = torch.tensor(list(sites), dtype=torch.int64, device=device)
+        self._site_indices = tuple(sites)
+        self._biases = tuple(part.bias for part in parts)
         self._bias: Tensor | None = None
         if any(part.bias is not None for part in parts):
             zeros = self._tiled.values.new_zeros
@@ -115,6 +121,9 @@ class TritonLinear(FusedLinear):
         assert x.dtype in DTYPES
         assert x.shape[1] == self._tiled.k
         assert x.stride(1) == 1
+        if x.shape[0] >= _DENSE_ROWS and not self._invariant:
+            parts = [LinearPart(self._tiled.unpack(p), bias) for p, bias in enumerate(self._biases)]
+            return torch.cat(PlainLinear(GroupedBackend(), parts, self._site_indices)(x, segments), dim=1)
         y = x.new_empty(x.shape[0], self.width)
         if x.shape[0]:
             self._launch(x, y, segments)
