@@ -1,7 +1,7 @@
 """Memory for an adapter's file and for its buffer: tens of megabytes that come and go. Imports no torch.
 
 Mapped rather than taken from the heap: it starts at a page, goes back to the system the moment nothing uses it, and may
-be of huge pages. Those make it three times as fast to fill for the first time, and to be read by every step after.
+be of huge pages, which take fewer faults to fill for the first time.
 """
 
 from __future__ import annotations
