@@ -19,6 +19,8 @@ from transformers.utils import logging as transformers_logging
 from loramux.errors import StartupError
 from loramux.merge_report import MERGE_REPORT
 from loramux.model.embedded import EMBEDDED, ensure_embedded
+from loramux.model.refusal import refusing
+from loramux.model.towers import language_config
 
 
 class TensorSource(ABC):
@@ -29,6 +31,7 @@ class TensorSource(ABC):
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     tokenizer: object | None
+    towers: bool = False  # whether the checkpoint has other towers beside the language model that `config` describes
     merged: bool = False  # written by a merge: its linear layers stay dense, since NF4 would erase the delta
 
     @abstractmethod
@@ -52,11 +55,9 @@ class FolderSource(TensorSource):
         self.place = place or name
         if not (folder / "config.json").is_file():
             raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
-        try:
-            self.config = AutoConfig.from_pretrained(folder)
-        except (ValueError, KeyError, OSError) as error:
-            raise StartupError(f"{name}: transformers cannot read config.json: {error}") from error
-        quantization = getattr(self.config, "quantization_config", None) or {}
+        with refusing(f"{name}: transformers cannot read config.json", StartupError):
+            config = AutoConfig.from_pretrained(folder)
+        quantization = getattr(config, "quantization_config", None) or {}
         if quantization and not (
             quantization.get("quant_method", "bitsandbytes") == "bitsandbytes"
             and quantization.get("load_in_4bit")
@@ -66,7 +67,10 @@ class FolderSource(TensorSource):
                 f"{name}: the checkpoint is quantized with {quantization.get('quant_method', '?')}; "
                 "loramux reads dense checkpoints and bitsandbytes NF4"
             )
-        self.generation_config = _generation_config(folder)
+        self.config = language_config(config)
+        self.towers = self.config is not config
+        with refusing(f"{name}: transformers cannot read generation_config.json", StartupError):
+            self.generation_config = _generation_config(folder)
         self.tokenizer = _tokenizer(folder, None)
         self.merged = (folder / MERGE_REPORT).is_file()
         self._files = self._index(folder)
@@ -97,7 +101,8 @@ class FolderSource(TensorSource):
             raise StartupError(f"{self.name}: no .safetensors file in {folder}{hint}")
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            listed = set(json.loads(index.read_text())["weight_map"])
+            with refusing(f"{self.name}: {index.name} is not an index of tensors", StartupError):
+                listed = set(json.loads(index.read_text())["weight_map"])
             if missing := sorted(listed - set(files)):
                 raise StartupError(f"{self.name}: {len(missing)} tensors of the index are missing, e.g. {missing[0]}")
         return files
@@ -126,12 +131,10 @@ class GgufSource(TensorSource):
             options = {}
         else:
             options = {"quantization_config": GgufConfig(dequantize=True)}
-        try:
+        with refusing(f"{name}: transformers cannot read this GGUF file", StartupError):
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, **options
             )
-        except (ValueError, KeyError, OSError, ImportError, NotImplementedError) as error:
-            raise StartupError(f"{name}: transformers cannot read this GGUF file: {error}") from error
         self.config = model.config
         self.generation_config = model.generation_config
         self.tokenizer = _tokenizer(path.parent, path.name)
@@ -198,7 +201,5 @@ def _tokenizer(folder: Path, gguf: str | None) -> object | None:
     options = {} if gguf is None else {"gguf_file": gguf}
     if gguf is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    try:
+    with refusing(f"{folder}: transformers cannot read the tokenizer", StartupError):
         return AutoTokenizer.from_pretrained(folder, **options)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise StartupError(f"{folder}: transformers cannot read the tokenizer: {error}") from error
