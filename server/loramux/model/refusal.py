@@ -49,12 +49,18 @@ def refusing(sentence: str, error_type: type[StartupError] = UnsupportedModel) -
 def refuse_by_name(
     load: Callable[Concatenate[_Source, _Options], _Result],
 ) -> Callable[Concatenate[_Source, _Options], _Result]:
-    """Decorates what loads a source: an exception that nobody foresaw is an UnsupportedModel which names the source."""
+    """Decorates what loads a source: every UnsupportedModel names the source, and an exception that nobody foresaw is
+    one."""
 
     @functools.wraps(load)
     def loading(source: _Source, *arguments: _Options.args, **options: _Options.kwargs) -> _Result:
         name = source if isinstance(source, str) else source.name
-        with refusing(f"{name}: this model cannot be loaded"):
-            return load(source, *arguments, **options)
+        try:
+            with refusing(f"{name}: this model cannot be loaded"):
+                return load(source, *arguments, **options)
+        except UnsupportedModel as error:
+            if error.message.startswith(name):
+                raise
+            raise UnsupportedModel(f"{name}: {error.message}") from error
 
     return loading
