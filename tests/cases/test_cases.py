@@ -1,4 +1,4 @@
-"""The cases whose result depends on no clock, each against a real server on the embedded model. `make cases` runs all."""
+"""The cases whose result depends on no clock, against a real server on the embedded model. `make cases` runs all."""
 
 from __future__ import annotations
 
