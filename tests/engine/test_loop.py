@@ -22,6 +22,7 @@ from loramux.errors import (
     InvalidRequest,
     LoramuxError,
     Overloaded,
+    SlowReader,
 )
 from loramux.model.inputs import ModelInputs
 from torch import Tensor
@@ -158,7 +159,7 @@ async def test_reader_far_behind_loses_its_request_only() -> None:
             seen.append(await (starts[1] if not seen else anext(good_events)))
         assert isinstance(await anext(good_events), SequenceFinished)
         assert [t for e in seen if isinstance(e, Delta) for t in e.token_ids] == expected([2], count=30)
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(SlowReader) as caught:
             [event async for event in events]
         assert caught.value.reason == "SLOW_READER"
         await good_events.aclose()

@@ -27,6 +27,7 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
     PathNotAllowed,
+    SlowReader,
     Unimplemented,
     Unreachable,
 )
@@ -91,6 +92,8 @@ ERRORS: list[LoramuxError] = [
     AdapterExists("other content"),
     PathNotAllowed("outside the roots"),
     Overloaded("full", retry_after=2.5, reason="QUEUE_FULL"),
+    Overloaded("the disk is full", retry_after=None, reason="DISK_FULL"),
+    SlowReader("it did not read"),
     DeadlineExceeded("too late"),
     Cancelled("an operator did it"),
     Draining("going down", retry_after=0.5),

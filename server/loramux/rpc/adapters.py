@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 from loramux.engine.client import EngineClient
-from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, Overloaded
+from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, SlowReader
 from loramux.lora.entry import AdapterEntry, Residency, State
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.manager import AdapterManager
@@ -175,9 +175,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             async with asyncio.timeout(self._send_timeout):
                 await context.write(message)
         except TimeoutError:
-            raise Overloaded(
-                f"the client did not read for {self._send_timeout:g} s; {then}", reason="SLOW_READER"
-            ) from None
+            raise SlowReader(f"the client did not read for {self._send_timeout:g} s; {then}") from None
 
 
 def _merging(step: MergeStep | MergeDone) -> pb.MergeAdapterResponse:
