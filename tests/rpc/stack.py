@@ -41,10 +41,12 @@ MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_p
 class ByteTokens:
     """One token a byte."""
 
-    def encode(self, text: str) -> list[int]:
+    longest_token = 4
+
+    def encode(self, text: str, *how: Any) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Any) -> list[int]:
+    def encode_chat(self, messages: Any, *how: Any) -> list[int]:
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("chat.messages", "the template wants a user first")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))

@@ -91,6 +91,11 @@ def input_field(message: pb.GenerateRequest | pb.CountTokensRequest) -> str:
     return kind
 
 
+def parse_special(message: pb.GenerateRequest | pb.CountTokensRequest) -> bool:
+    """Whether texts of special tokens in the prompt are those tokens; true unless it says otherwise."""
+    return message.parse_special if message.HasField("parse_special") else True
+
+
 def chat(message: pb.Chat) -> list[dict[str, str]]:
     """The turns as chat templates take them. Raises InvalidRequest."""
     if not message.messages:
