@@ -41,6 +41,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._faults: list[tuple[Sequence, Exception]] = []
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
@@ -59,7 +60,7 @@ class Scheduler:
     def schedule(self) -> list[Row]:
         """The rows of the next step, at most max_batch_tokens tokens of max_batch_rows sequences.
 
-        Blocks for them are reserved. Empty only if no sequence may run now.
+        Blocks for them are reserved. Empty only if no sequence may run now, or if some cannot: see `take_faults`.
         """
         preemptions = self.preemptions
         rows = self._next_tokens()
@@ -68,12 +69,20 @@ class Scheduler:
         self._prefill_chunks(rows, candidates)
         return rows
 
+    def take_faults(self) -> list[tuple[Sequence, Exception]]:
+        """The sequences that failed when `schedule` looked at them; the caller removes them from where they are."""
+        faults, self._faults = self._faults, []
+        return faults
+
     def _next_tokens(self) -> list[Row]:
         """One row for each running sequence that has a single token to compute."""
         rows: list[Row] = []
         for seq in [seq for seq in self.running if seq.pending == 1]:
-            if seq.status is Status.RUNNING and self._make_room(seq):
-                rows.append(Row(seq, seq.computed, seq.computed + 1))
+            try:
+                if seq.status is Status.RUNNING and self._make_room(seq):
+                    rows.append(Row(seq, seq.computed, seq.computed + 1))
+            except Exception as error:
+                self._faults.append((seq, error))
         return rows
 
     def _make_room(self, seq: Sequence) -> bool:
@@ -104,9 +113,13 @@ class Scheduler:
             if budget == 0:
                 return
             if seq.status is Status.WAITING:
-                if not admitting or not seq.group.may_start(seq):
+                try:
+                    if not admitting or not seq.group.may_start(seq):
+                        continue
+                    admitting = self._admit(seq)
+                except Exception as error:
+                    self._faults.append((seq, error))
                     continue
-                admitting = self._admit(seq)
                 if not admitting:
                     continue
             chunk = min(seq.pending, budget)
