@@ -156,6 +156,7 @@ class Engine:
             meanwhile()
         steps, faults = self._steps, self._faults
         failure: Exception | None = None
+        started = self._clock()
         lap = _Laps(self._seconds, self._clock)
         try:
             logits = self._forward(batch)
@@ -167,6 +168,7 @@ class Engine:
                 meanwhile()
         if failure is None:
             self._conclude(batch, logits)
+            self.scheduler.note_step(batch.rows, self._clock() - started)
         else:
             self._isolate(batch.rows, failure)
         if self._steps == steps and self._faults > faults:
