@@ -120,6 +120,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         EngineSettings(
             max_batch_rows=settings.max_batch_rows,
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_batch_rows),
+            step_target=settings.step_target,
             max_queue=settings.max_queue,
             max_n=settings.max_n,
             max_stop_strings=settings.max_stop_strings,
