@@ -103,7 +103,9 @@ def chat(message: pb.Chat) -> list[dict[str, str]]:
         raise InvalidRequest("chat.messages", "is empty; give at least one turn", reason="EMPTY_PROMPT")
     for i, turn in enumerate(message.messages):
         if turn.role not in ROLES:
-            raise InvalidRequest(f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {turn.role!r}")
+            got = turn.role if len(turn.role) <= 40 else turn.role[:40] + "…"
+            hint = "; what a developer says goes as system" if turn.role == "developer" else ""
+            raise InvalidRequest(f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {got!r}{hint}")
     return [{"role": turn.role, "content": turn.content} for turn in message.messages]
 
 
