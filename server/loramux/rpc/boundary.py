@@ -70,7 +70,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         deserialize = self._deserializer(handler.request_deserializer)
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
-                self._guarded(method, handler.unary_unary), deserialize, handler.response_serializer
+                self._guarded(method, handler.unary_unary), deserialize, _serializer(handler.response_serializer)
             )
         return grpc.unary_stream_rpc_method_handler(
             self._guarded(method, handler.unary_stream), deserialize, handler.response_serializer
@@ -130,3 +130,8 @@ class Boundary(grpc.aio.ServerInterceptor):
             error = EngineFault(status.OPAQUE)
         self._on_error(error)
         await abort(context, error)
+
+
+def _serializer(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """Answers that come as bytes are serialized already."""
+    return lambda answer: answer if isinstance(answer, bytes) or serialize is None else serialize(answer)
