@@ -214,6 +214,10 @@ class Settings:
         default="info",
         metadata=_is(choice("debug", "info", "warning", "error"), "How much is logged. Prompts never are."),
     )
+    log_format: str = field(
+        default="text",
+        metadata=_is(choice("text", "json"), "Log lines as text, or as one JSON object each."),
+    )
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):

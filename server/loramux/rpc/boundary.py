@@ -13,7 +13,8 @@ Streams of requests (reflection) pass unchanged: none is ours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -21,10 +22,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from loramux.errors import EngineFault, InvalidRequest, LoramuxError
+from loramux.errors import EngineFault, InvalidRequest, LoramuxError, Overloaded
 from loramux.rpc import status, wire
 
 log = logging.getLogger(__name__)
+
+_HELD_MESSAGES = 64  # of the largest size: so many bytes of messages may be worked on at once
 
 # In quotes, because gRPC's classes are generic for type checkers only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -58,6 +61,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     def __init__(self, max_message_bytes: int, bounds: wire.Bounds, on_error: Callable[[LoramuxError], None]) -> None:
         self._limit = max_message_bytes
         self._bounds = bounds
+        self._held_bytes = 0  # of the messages that are worked on
+        self._most_held_bytes = _HELD_MESSAGES * max_message_bytes
         self._on_error = on_error
 
     async def intercept_service(
@@ -111,7 +116,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> Any:
             try:
                 self._refuse_malformed(request)
-                return await behavior(request, context)
+                with self._held(request.ByteSize()):
+                    return await behavior(request, context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -123,6 +129,21 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _refuse_malformed(request: Any) -> None:
         if isinstance(request, Malformed):
             raise request.error
+
+    @contextmanager
+    def _held(self, nbytes: int) -> Iterator[None]:
+        """Raises Overloaded if the messages that are worked on, each of which stays in memory, have too many bytes."""
+        if self._held_bytes + nbytes > self._most_held_bytes:
+            raise Overloaded(
+                f"requests of {self._held_bytes} bytes are worked on already; try again",
+                reason="QUEUE_FULL",
+                metadata={"limit": self._most_held_bytes, "given": nbytes},
+            )
+        self._held_bytes += nbytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= nbytes
 
     async def _end(self, method: str, error: Exception, context: Context) -> NoReturn:
         if not isinstance(error, LoramuxError):

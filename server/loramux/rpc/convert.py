@@ -1,13 +1,12 @@
 """Proto messages to the engine's records and back.
 
-Checks the shape of a request (which fields go together, roles, finite weights); values against limits are
+Checks the shape of a request (which fields go together, roles, weights); values against limits are
 checked by the engine's door. Knows nothing of what names and ids mean.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from loramux.engine.request import (
     Usage,
 )
 from loramux.errors import InvalidRequest
+from loramux.lora.mixing import check_weight
 from loramux.v1 import generation_pb2 as pb
 
 ROLES = ("system", "user", "assistant")
@@ -77,8 +77,7 @@ def weighted(single: str, mix: Sequence[pb.AdapterWeight], field: str) -> list[t
             raise InvalidRequest(f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry")
         if part.adapter in seen:
             raise InvalidRequest(f"mix[{i}].adapter", f"{part.adapter!r} is there twice; add its weights up")
-        if not math.isfinite(part.weight):
-            raise InvalidRequest(f"mix[{i}].weight", f"must be finite, got {part.weight}")
+        check_weight(part.weight, f"mix[{i}].weight")
         seen.add(part.adapter)
     return [(part.adapter, part.weight) for part in mix]
 

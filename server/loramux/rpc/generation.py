@@ -6,7 +6,7 @@ import asyncio
 
 from loramux import __version__
 from loramux.engine.client import EngineClient
-from loramux.errors import Overloaded
+from loramux.errors import SlowReader
 from loramux.rpc import convert
 from loramux.rpc.boundary import Context
 from loramux.rpc.flight import Admission
@@ -61,10 +61,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             async with asyncio.timeout(self._send_timeout):
                 await context.write(message)
         except TimeoutError:
-            raise Overloaded(
-                f"the client did not read for {self._send_timeout:g} s; its request was stopped",
-                reason="SLOW_READER",
-            ) from None
+            raise SlowReader(f"the client did not read for {self._send_timeout:g} s; its request was stopped") from None
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         ids = await self._admission.count(request)
