@@ -29,6 +29,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+_LONGEST_NAME = 128  # characters of a name that does not exist, in the sentence that says so
+
 
 class LoramuxError(Exception):
     """Base of all. `reason` is ErrorInfo.reason (UPPER_SNAKE_CASE), `metadata` is ErrorInfo.metadata."""
@@ -98,6 +100,7 @@ class AdapterNotFound(LoramuxError):
     reason = "ADAPTER_NOT_FOUND"
 
     def __init__(self, name: str) -> None:
+        name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
         super().__init__(
             f"adapter {name!r} is not loaded; `loramux adapters list` shows the names that are, "
             "and an empty adapter name asks for the base model",

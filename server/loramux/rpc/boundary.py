@@ -13,7 +13,8 @@ Streams of requests (reflection) pass unchanged: none is ours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -21,10 +22,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from loramux.errors import EngineFault, InvalidRequest, LoramuxError
+from loramux.errors import EngineFault, InvalidRequest, LoramuxError, Overloaded
 from loramux.rpc import status, wire
 
 log = logging.getLogger(__name__)
+
+_HELD_MESSAGES = 64  # of the largest size: so many bytes of messages may be worked on at once
 
 # In quotes, because gRPC's classes are generic for type checkers only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -58,6 +61,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     def __init__(self, max_message_bytes: int, bounds: wire.Bounds, on_error: Callable[[LoramuxError], None]) -> None:
         self._limit = max_message_bytes
         self._bounds = bounds
+        self._held_bytes = 0  # of the messages that are worked on
+        self._most_held_bytes = _HELD_MESSAGES * max_message_bytes
         self._on_error = on_error
 
     async def intercept_service(
@@ -70,7 +75,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         deserialize = self._deserializer(handler.request_deserializer)
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
-                self._guarded(method, handler.unary_unary), deserialize, handler.response_serializer
+                self._guarded(method, handler.unary_unary), deserialize, _serializer(handler.response_serializer)
             )
         return grpc.unary_stream_rpc_method_handler(
             self._guarded(method, handler.unary_stream), deserialize, handler.response_serializer
@@ -111,7 +116,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> Any:
             try:
                 self._refuse_malformed(request)
-                return await behavior(request, context)
+                with self._held(request.ByteSize()):
+                    return await behavior(request, context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -124,9 +130,29 @@ class Boundary(grpc.aio.ServerInterceptor):
         if isinstance(request, Malformed):
             raise request.error
 
+    @contextmanager
+    def _held(self, nbytes: int) -> Iterator[None]:
+        """Raises Overloaded if the messages that are worked on, each of which stays in memory, have too many bytes."""
+        if self._held_bytes + nbytes > self._most_held_bytes:
+            raise Overloaded(
+                f"requests of {self._held_bytes} bytes are worked on already; try again",
+                reason="QUEUE_FULL",
+                metadata={"limit": self._most_held_bytes, "given": nbytes},
+            )
+        self._held_bytes += nbytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= nbytes
+
     async def _end(self, method: str, error: Exception, context: Context) -> NoReturn:
         if not isinstance(error, LoramuxError):
             log.error("%s failed", method, exc_info=error)
             error = EngineFault(status.OPAQUE)
         self._on_error(error)
         await abort(context, error)
+
+
+def _serializer(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """Answers that come as bytes are serialized already."""
+    return lambda answer: answer if isinstance(answer, bytes) or serialize is None else serialize(answer)
