@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 NO_MEMORY_TEXT = "the device ran out of memory in a step of this request; ask again when less is running"
 FAULT_TEXT = "the engine failed while it ran this request; the server's log has the details"
 
+_MOST_SHOWN = 64  # requests in one log line
+
 
 class Model(Protocol):
     """All that the engine asks of a model, which holds num_kv_blocks KV blocks of block_size tokens."""
@@ -266,12 +268,14 @@ class Engine:
         without memory for this step has no fault: it may well have enough for the next one.
         """
         if isinstance(error, torch.OutOfMemoryError):
-            log.warning("no memory for a step of %d rows, which fail: %s", len(rows), error)
+            log.warning("no memory for a step of %d rows, which fail: %s; %s", len(rows), error, _shown_ids(rows))
             reason: LoramuxError = Overloaded(NO_MEMORY_TEXT, reason="DEVICE_MEMORY")
         else:
             self._faults += 1
             self._consecutive_faults += 1
-            log.exception("engine fault %d in a row; %d rows fail", self._consecutive_faults, len(rows))
+            log.exception(
+                "engine fault %d in a row; %d rows fail: %s", self._consecutive_faults, len(rows), _shown_ids(rows)
+            )
             reason = EngineFault(FAULT_TEXT)
         for row in rows:
             self.finish(row.sequence.group, RequestFailed(reason))
@@ -301,7 +305,7 @@ class Engine:
             text, reason = seq.accept(token.token_id)
             delta = Delta(seq.index, text, [token.token_id], self._logprobs(token))
         except Exception:
-            log.exception("request %r fails", group.request.request_id)
+            log.exception("request %r fails", group.request.shown_id)
             self.finish(group, RequestFailed(EngineFault(FAULT_TEXT)))
             return
         self._generated += 1
@@ -329,6 +333,13 @@ class Engine:
         text = self._detokenizer.token_text
         top = tuple(TokenLogprob(i, text(i), logprob) for i, logprob in token.top)
         return [TokenLogprob(token.token_id, text(token.token_id), token.logprob, top)]
+
+
+def _shown_ids(rows: list[Row]) -> str:
+    """For the log: the requests of some rows, not more than a reader can use."""
+    ids = list(dict.fromkeys(row.sequence.group.request.shown_id for row in rows))
+    more = f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
+    return f"requests {', '.join(map(repr, ids[:_MOST_SHOWN]))}{more}"
 
 
 class _Laps:

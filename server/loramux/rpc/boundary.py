@@ -4,6 +4,7 @@
   (grpc.aio alone answers UNKNOWN with the exception's text). Beyond `hard_cap(max_message_bytes)` gRPC's core
   refuses the message before Python sees it: RESOURCE_EXHAUSTED without details.
 - A LoramuxError becomes its status; any other exception is logged and becomes INTERNAL without its text.
+- Every error carries the request's id, see `request_ids`.
 
 Knows nothing of what the services do. Handlers are coroutines; streams are written with `context.write`.
 Streams of requests (reflection) pass unchanged: none is ours.
@@ -21,7 +22,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from loramux.errors import EngineFault, InvalidRequest, LoramuxError
-from loramux.rpc import status
+from loramux.rpc import request_ids, status
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
+OnError: TypeAlias = Callable[[LoramuxError], None]
+OnRefusal: TypeAlias = Callable[[str, str, LoramuxError], None]  # method, request's id, error
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +46,25 @@ def hard_cap(max_message_bytes: int) -> int:
     return 2 * max_message_bytes
 
 
-async def abort(context: Context, error: LoramuxError) -> NoReturn:
-    """End the RPC with the error's status and details."""
-    rich = status.from_error(error)
-    trailer = ((status.DETAILS_KEY, rich.SerializeToString()),)
+async def abort(context: Context, error: LoramuxError, request_id: str) -> NoReturn:
+    """End the RPC with the error's status and details, and the request's id in both trailers."""
+    rich = status.from_error(error, request_id)
+    trailer: tuple[tuple[str, str | bytes], ...] = ((status.DETAILS_KEY, rich.SerializeToString()),)
+    if request_id.isascii() and request_id.isprintable():  # all that a header may hold
+        trailer += ((request_ids.HEADER, request_id),)
     await context.abort(status.code_of(rich), rich.message, trailer)
     raise AssertionError("abort returned")
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """See the module. `on_error` is told of every error that ends an RPC (for the metrics)."""
+    """See the module. Both callbacks are for the metrics: `on_error` is told of what ends an RPC; `on_refusal`, which
+    gets the method and the request's id too, of what kept an RPC from its handler.
+    """
 
-    def __init__(self, max_message_bytes: int, on_error: Callable[[LoramuxError], None]) -> None:
+    def __init__(self, max_message_bytes: int, on_error: OnError, on_refusal: OnRefusal) -> None:
         self._limit = max_message_bytes
         self._on_error = on_error
+        self._on_refusal = on_refusal
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -100,24 +108,22 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _guarded(self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:
+            request_id = request_ids.begin(request, context.invocation_metadata())
+            if isinstance(request, Malformed):
+                self._on_refusal(method, request_id, request.error)
+                await abort(context, request.error, request_id)
             try:
-                self._refuse_malformed(request)
                 return await behavior(request, context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await self._end(method, error, context)
+                await self._end(method, request_id, error, context)
 
         return call
 
-    @staticmethod
-    def _refuse_malformed(request: Any) -> None:
-        if isinstance(request, Malformed):
-            raise request.error
-
-    async def _end(self, method: str, error: Exception, context: Context) -> NoReturn:
+    async def _end(self, method: str, request_id: str, error: Exception, context: Context) -> NoReturn:
         if not isinstance(error, LoramuxError):
-            log.error("%s failed", method, exc_info=error)
+            log.error("%s failed on request %r", method, request_id, exc_info=error)
             error = EngineFault(status.OPAQUE)
         self._on_error(error)
-        await abort(context, error)
+        await abort(context, error, request_id)
