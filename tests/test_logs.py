@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from loramux import logs
-from loramux.escaping import escaped
+from loramux.escaping import escape
 
 HOSTILE = (
     "x\x1b[2J\r\n2026-01-01 00:00:00,000 I loramux: all is well\u202e\u2028\x85\x9b31m\x7f\u200b\U000e0041\ud800\x00"
@@ -46,10 +46,10 @@ def lines(captured: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_escaped_text_is_one_printable_line() -> None:
-    assert escaped("Größe 值 \\n [/x]") == "Größe 值 \\n [/x]"
-    assert escaped("a\nb\x1b[0m\u202e\ud800") == r"a\nb\x1b[0m\u202e\ud800"
-    assert escaped(HOSTILE).isprintable()
-    assert escaped("y" * 10_000_000, 10) == "yyyyyyyyyy… (9999990 characters more)"
+    assert escape("Größe 值 \\n [/x]") == "Größe 值 \\n [/x]"
+    assert escape("a\nb\x1b[0m\u202e\ud800") == r"a\nb\x1b[0m\u202e\ud800"
+    assert escape(HOSTILE).isprintable()
+    assert escape("y" * 10_000_000, limit=10) == "yyyyyyyyyy… (9999990 characters more)"
 
 
 @pytest.mark.parametrize("format", logs.FORMATS)

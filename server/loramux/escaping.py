@@ -1,16 +1,17 @@
-"""Untrusted text made fit for a terminal or a log: names, paths, messages of files and peers. Imports nothing heavy."""
+"""Text from files, names and peers, made harmless for a terminal and for a log: every such text passes here first."""
 
 from __future__ import annotations
 
 
-def escaped(text: str, limit: int | None = None) -> str:
-    """One line without control characters, ANSI escapes, bidi overrides, invisible characters or lone surrogates.
+def escape(text: str, *, keep: str = "", limit: int | None = None) -> str:
+    r"""`text` with every character that is not printable as in a string literal (`\n`, `\x1b`, `\u202e`); one line.
 
-    What Python does not call printable becomes an escape as in a string literal (`\\n`, `\\x1b`, `\\u202e`); the rest
-    stays, backslashes too. At most `limit` characters of `text` are kept, and the cut is told.
+    Those are control characters (ESC, newlines, C1), what turns the writing direction or joins and hides characters,
+    separators other than the space, lone surrogates, and what Unicode has not assigned. Those in `keep` stay, and so do
+    backslashes. At most `limit` characters of `text` are kept, and the cut is told.
     """
     if limit is not None and len(text) > limit:
-        return f"{escaped(text[:limit])}… ({len(text) - limit} characters more)"
+        return f"{escape(text[:limit], keep=keep)}… ({len(text) - limit} characters more)"
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from loramux.escaping import escaped
+from loramux.escaping import escape
 
 TEXT, JSON = "text", "json"
 FORMATS = (TEXT, JSON)
@@ -64,14 +64,14 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname).1s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        line = escaped(super().formatMessage(record), _MOST_CHARACTERS)
+        line = escape(super().formatMessage(record), limit=_MOST_CHARACTERS)
         return " ".join([line, *(f"{name}={_text_value(value)}" for name, value in _fields(record).items())])
 
     def formatException(self, ei: Any) -> str:
         return format_exception(ei)
 
     def formatStack(self, stack_info: str) -> str:
-        return "\n".join(map(escaped, stack_info.split("\n")))
+        return "\n".join(map(escape, stack_info.split("\n")))
 
 
 class JsonFormatter(logging.Formatter):
@@ -85,7 +85,7 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": escaped(record.getMessage(), _MOST_CHARACTERS),
+            "message": escape(record.getMessage(), limit=_MOST_CHARACTERS),
         }
         content |= {name: _json_value(value) for name, value in _fields(record).items()}
         if record.exc_info:
@@ -109,13 +109,13 @@ def _lines(error: BaseException, seen: set[int]) -> Iterator[str]:
     if error.__traceback__ is not None:
         yield "Traceback (most recent call last):"
         for frame in traceback.format_tb(error.__traceback__):
-            yield from map(escaped, frame.rstrip("\n").split("\n"))
+            yield from map(escape, frame.rstrip("\n").split("\n"))
     shown = traceback.TracebackException(type(error), error, None)
     notes, shown.__notes__ = shown.__notes__, None  # it would split them into lines
     for line in shown.format_exception_only():
-        yield escaped(line.rstrip("\n"), _MOST_CHARACTERS)
+        yield escape(line.rstrip("\n"), limit=_MOST_CHARACTERS)
     for note in notes or ():
-        yield escaped(f"note: {note}", _MOST_CHARACTERS)
+        yield escape(f"note: {note}", limit=_MOST_CHARACTERS)
     if isinstance(error, BaseExceptionGroup):
         for number, member in enumerate(error.exceptions[:_MOST_GROUPED], start=1):
             if id(member) not in seen:
@@ -134,7 +134,7 @@ def _text_value(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     if _PLAIN.fullmatch(text):
         return text
-    return escaped(json.dumps(text[:_MOST_CHARACTERS], ensure_ascii=False))
+    return escape(json.dumps(text[:_MOST_CHARACTERS], ensure_ascii=False))
 
 
 def _json_value(value: object) -> object:
@@ -144,7 +144,7 @@ def _json_value(value: object) -> object:
         return value
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]
-    return escaped(str(value), _MOST_CHARACTERS)
+    return escape(str(value), limit=_MOST_CHARACTERS)
 
 
 def _thread_died(args: threading.ExceptHookArgs) -> None:

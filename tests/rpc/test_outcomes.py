@@ -21,6 +21,7 @@ from loramux.rpc import status
 from loramux.v1.generation_pb2 import GenerateRequest, GenerateStreamRequest, SamplingParams
 
 from tests.engine.fakes import FakeModel
+from tests.patience import PATIENCE
 from tests.rpc.gates import GatedTokens
 from tests.rpc.stack import Running, endless, finished, generation_stub, running, two_words
 
@@ -263,7 +264,7 @@ def samples(r: Running, name: str) -> dict[tuple[str, ...], float]:
 
 async def counted(r: Running, name: str, least: float) -> dict[tuple[str, ...], float]:
     """The samples of one name, once they add up to so much."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while sum((found := samples(r, name)).values()) < least:
             await asyncio.sleep(0.005)
     return found

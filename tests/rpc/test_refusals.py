@@ -56,6 +56,7 @@ GENERATE: dict[str, tuple[GenerateRequest, str, str, str]] = {
     "a mix without a name": (mix(("", 1)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].adapter"),
     "a NaN weight": (mix(("a", NAN)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
     "an infinite weight": (mix(("a", float("inf"))), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
+    "a weight that is no float32": (mix(("a", 1e39)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
     "DoRA in a mix": (mix(("a", 1), ("dora", 1)), "INVALID_ARGUMENT", "ADAPTER_NOT_MIXABLE", "mix[1].adapter"),
     "DoRA with a weight": (mix(("dora", 0.5)), "INVALID_ARGUMENT", "ADAPTER_NOT_MIXABLE", "mix[0].adapter"),
     "no input": (GenerateRequest(), "INVALID_ARGUMENT", "EMPTY_PROMPT", "input"),

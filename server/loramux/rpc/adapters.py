@@ -14,6 +14,7 @@ from loramux.rpc import convert
 from loramux.rpc.boundary import Context
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import MergeDone, Merger, MergeStep
+from loramux.rpc.sizes import MAX_MERGED
 from loramux.v1 import adapters_pb2 as pb
 from loramux.v1 import adapters_pb2_grpc as pb_grpc
 
@@ -145,6 +146,8 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
                 await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> None:
+        if len(request.mix) > MAX_MERGED:
+            raise InvalidRequest("mix", f"has {len(request.mix)} adapters; at most {MAX_MERGED} are allowed")
         wanted = convert.weighted(request.name, request.mix, "name")
         if not wanted:
             raise InvalidRequest("name", "is empty; name the adapter to merge, or give a mix")

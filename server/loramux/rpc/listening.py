@@ -12,6 +12,7 @@ from loramux.config import Settings
 from loramux.errors import StartupError
 from loramux.rpc.auth import BearerAuth
 from loramux.rpc.boundary import Boundary, OnError, OnRefusal, hard_cap
+from loramux.rpc.wire import Bounds
 
 
 def make_server(
@@ -20,10 +21,12 @@ def make_server(
     scope: str,
     key: str | None,
     other_key: str | None,
+    bounds: Bounds,
     on_error: OnError,
     on_refusal: OnRefusal,
 ) -> grpc.aio.Server:
-    """A server that asks for `key` (if any) and answers every error from the status table."""
+    """A server that asks for `key` (if any), takes messages within `bounds` and answers every error from the status
+    table."""
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", hard_cap(settings.max_message_bytes)),
         ("grpc.max_send_message_length", -1),
@@ -35,7 +38,7 @@ def make_server(
     ]
     interceptors = (
         BearerAuth(key, scope=scope, other_key=other_key, on_refusal=on_refusal),  # first: strangers cost nothing
-        Boundary(settings.max_message_bytes, on_error, on_refusal),
+        Boundary(settings.max_message_bytes, bounds, on_error, on_refusal),
     )
     return grpc.aio.server(interceptors=interceptors, options=options)
 
