@@ -1,4 +1,7 @@
-"""What to say of an adapter folder that lacks one of its two files: what it holds instead, and the way out. No torch."""
+"""What to say of an adapter folder that lacks one of its two files: what it holds instead, and the way out.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
