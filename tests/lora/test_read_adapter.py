@@ -171,6 +171,7 @@ def test_what_lies_beside_a_missing_file_is_told(tmp_path: Path, file: str, says
     refused(tmp_path, f"has no {WEIGHTS_FILE}", says)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves closing a file to Python
 @pytest.mark.parametrize("name", ["adapter_model.bin", WEIGHTS_FILE])
 def test_the_command_for_a_pickle_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As the message gives it: tensors that are not contiguous, share memory, or are trained parameters made the one

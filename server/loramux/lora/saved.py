@@ -37,8 +37,8 @@ def check_saved(tensors: Sequence[tuple[FactorKey, Tensor]], base: Base) -> list
                 key.key,
                 "is a tensor of the base, which all adapters share, and not of LoRA"
                 + ("; it differs from the base's own" if own is not None else "")
-                + ". If it was not trained but only saved (PEFT saves embeddings when the vocabulary was resized), drop "
-                f"it: in a copy of the folder, {_DROP}",
+                + ". If it was not trained but only saved (PEFT saves embeddings when the vocabulary was resized), "
+                f"drop it: in a copy of the folder, {_DROP}",
                 reason="UNSUPPORTED_ADAPTER",
             )
         if len(saved) != len(own):

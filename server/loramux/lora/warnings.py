@@ -1,4 +1,4 @@
-"""Sentences about an adapter that can be served and is hardly meant so. Knows shapes and numbers, not who reads them."""
+"""Sentences about an adapter that can be served and is hardly meant so."""
 
 from __future__ import annotations
 
