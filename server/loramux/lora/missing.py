@@ -1,7 +1,4 @@
-"""What to say of an adapter folder that lacks one of its two files: what it holds instead, and the way out.
-
-Imports no torch.
-"""
+"""What to say of an adapter folder that lacks one of its two files: what it holds instead, the way out. No torch."""
 
 from __future__ import annotations
 
