@@ -137,6 +137,7 @@ def read_adapter(folder: Path) -> Any:
         max_rank=8,
         target_modules=("q_proj",),
         site_count=2,
+        warnings=(),
         mixable=not content.startswith(b"dora"),
     )
 
