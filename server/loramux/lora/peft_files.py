@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loramux.errors import InvalidAdapter
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.header import TensorEntry
 from loramux.lora.limits import ReadLimits
 from loramux.lora.matching import FactorKey, match_sites, parse_key
@@ -79,7 +80,7 @@ class AdapterFiles:
         return not self.config.use_dora
 
 
-def read_adapter(folder: Path, sites: Sequence[Site], *, limits: ReadLimits) -> AdapterFiles:
+def read_adapter(folder: AdapterFolder | Path, sites: Sequence[Site], *, limits: ReadLimits) -> AdapterFiles:
     """Read and check the adapter in `folder` for a base with `sites`.
 
     Every tensor is used or refused, A and B come in pairs, shapes agree with the base and ranks with the config, all
