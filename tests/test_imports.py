@@ -18,7 +18,7 @@ ROOMS = {
     "http": {"http", "engine", "lora"},
     "rpc": {"rpc", "http", "engine", "lora"},
 }
-EVERYONE = {"errors", "config", "values", "metrics", "v1", "merge_report", "__init__", "__version__"}
+EVERYONE = {"errors", "config", "values", "metrics", "v1", "merge_report", "escaping", "__init__", "__version__"}
 TORCH_FREE = [
     "loramux.client",
     "loramux.config",

@@ -125,6 +125,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
             max_stop_strings=settings.max_stop_strings,
             max_top_logprobs=settings.max_top_logprobs,
             max_mix=settings.max_mix,
+            max_chat_turns=settings.max_chat_turns,
         ),
         on_finish=give_back,
     )

@@ -10,7 +10,8 @@
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
     ├── WrongScope            PERMISSION_DENIED    a token that is good for the other port only
     ├── Unauthenticated       UNAUTHENTICATED      no token, or a wrong one
-    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full, a client that never reads (RetryInfo detail)
+    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full (RetryInfo detail, if trying again may help)
+    ├── SlowReader            ABORTED              a client that does not read what it asked for
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    the request's deadline passed; its work has stopped
     ├── Cancelled             CANCELLED            the client or an operator cancelled the request
     ├── Draining              UNAVAILABLE          the server is shutting down (RetryInfo detail)
@@ -141,7 +142,7 @@ class Unauthenticated(LoramuxError):
 
 
 class Overloaded(LoramuxError):
-    """Something bounded is full. `retry_after` is in seconds."""
+    """Something bounded is full. `retry_after` is in seconds; None: it stays full until somebody makes room."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
@@ -150,12 +151,19 @@ class Overloaded(LoramuxError):
         self,
         message: str,
         *,
-        retry_after: float = 1.0,
+        retry_after: float | None = 1.0,
         reason: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message, reason=reason, metadata=metadata)
         self.retry_after = retry_after
+
+
+class SlowReader(LoramuxError):
+    """The client does not read its stream. Sent again as it is, the request would end the same way."""
+
+    status = "ABORTED"
+    reason = "SLOW_READER"
 
 
 class DeadlineExceeded(LoramuxError):

@@ -17,6 +17,7 @@ from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import folder_digest
 
 from tests.lora.fakes import FakeReader
+from tests.patience import PATIENCE
 
 OTHER = f"sha256:{0:064x}"
 
@@ -66,7 +67,7 @@ async def test_it_is_applied_at_start_and_reads_only_what_is_pinned(
     assert (b.state, c.state, c.digest) == (State.REGISTERED, State.REGISTERED, digest(reader, "c"))
     assert reader.reads == 1
     lease = manager.registry.lease(["c"], "r1")[0]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while lease.weights is None:
             await asyncio.sleep(0.01)
     manager.registry.release(lease.uid, "r1")
@@ -78,7 +79,7 @@ async def test_a_digest_that_is_not_there_is_refused(manager: AdapterManager, re
         await manager.start()
     assert manager.registry.find("b") is None
     lease = manager.registry.lease(["a"], "r1")[0]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while lease.error is None:
             await asyncio.sleep(0.01)
     assert manager.get("a").state is State.FAILED
@@ -169,7 +170,7 @@ async def test_the_file_is_looked_at_again_by_itself(reader: FakeReader, file: P
     write(file, "adapters: []\n")
     await manager.start()
     write(file, "adapters:\n- name: late\n  source: a\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while registry.find("late") is None:
             await asyncio.sleep(0.01)
     await manager.close()

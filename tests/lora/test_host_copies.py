@@ -17,8 +17,9 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 
 from tests.lora.fakes import FakeAdapter, FakeReader
+from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import CONFIG_FILE, AdapterRoots
 
 from tests.lora.fakes import FakeAdapter, FakeReader
+from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
 
 @pytest.fixture
@@ -354,7 +355,7 @@ async def test_unload_after_aborts_and_n_sequences_does_not_hang(manager: Adapte
             manager.registry.lease(["a"], f"r{index}")
         for _ in range(1 + index % 2):
             manager.registry.release(entry.uid, f"r{index}")
-    assert await asyncio.wait_for(manager.unload("a"), 1) == (10, 0)
+    assert await asyncio.wait_for(manager.unload("a"), PATIENCE) == (10, 0)
 
 
 async def test_drain_timeout_without_cancel_fails_and_drains_on(manager: AdapterManager) -> None:
@@ -457,7 +458,7 @@ async def test_close_ends_watches_and_loads(reader: FakeReader) -> None:
     closing = asyncio.create_task(manager.close())
     await asyncio.sleep(0.01)
     reader.gate.set()
-    await asyncio.wait_for(closing, 5)
+    await asyncio.wait_for(closing, PATIENCE)
     with pytest.raises(Draining):
         await load
     assert (await waiting).name == "a"
@@ -473,7 +474,7 @@ async def test_close_does_not_wait_for_a_hung_disk(reader: FakeReader) -> None:
     load = asyncio.create_task(manager.load("a"))
     await until_loading(manager, "a")
     await until(lambda: reader.reads)
-    await asyncio.wait_for(manager.close(grace=0.05), 2)
+    await asyncio.wait_for(manager.close(grace=0.05), PATIENCE)
     reader.gate.set()
     with pytest.raises(Draining):
         await load

@@ -35,6 +35,7 @@ from loramux.rpc.server import Addresses, Parts, Server
 from loramux.v1 import adapters_pb2_grpc, generation_pb2_grpc
 
 from tests.engine.fakes import VOCAB, FakeModel, byte_tokenizer
+from tests.patience import PATIENCE
 
 MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_proj", "v_proj"))
 
@@ -42,10 +43,12 @@ MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_p
 class ByteTokens:
     """One token a byte."""
 
-    def encode(self, text: str) -> list[int]:
+    longest_token = 4
+
+    def encode(self, text: str, *how: Any) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Any) -> list[int]:
+    def encode_chat(self, messages: Any, *how: Any) -> list[int]:
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("chat.messages", "the template wants a user first")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
@@ -159,14 +162,14 @@ class Running:
         return (stats.running, stats.waiting, leases) == (0, 0, 0)
 
     async def until(self, **counts: int) -> None:
-        """Until the engine's stats have these values; fails after five seconds."""
-        async with asyncio.timeout(5):
+        """Until the engine's stats have these values; fails if they never do."""
+        async with asyncio.timeout(PATIENCE):
             while any(getattr(self.engine.stats(), name) != value for name, value in counts.items()):
                 await asyncio.sleep(0.001)
 
     async def settle(self) -> None:
-        """Until everything is at its baseline again; fails after five seconds."""
-        async with asyncio.timeout(5):
+        """Until everything is at its baseline again; fails if they never do."""
+        async with asyncio.timeout(PATIENCE):
             while not self.at_baseline():
                 await asyncio.sleep(0.01)
         self.registry.check()
@@ -213,7 +216,9 @@ async def running(
 
     engine: Any
     async with AsyncExitStack() as after:
-        manager = AdapterManager(registry, AdapterRoots([root]), read, load_timeout=5.0, scan_interval=scan_interval)
+        manager = AdapterManager(
+            registry, AdapterRoots([root]), read, load_timeout=PATIENCE, scan_interval=scan_interval
+        )
         if script is not None:
             engine = ScriptedEngine(script, on_finish=release)
         else:
@@ -232,10 +237,10 @@ async def running(
         )
         addresses = await server.start()
         # A request that never ends must not hide the assertion that told of it.
-        after.push_async_callback(lambda: asyncio.wait_for(server.drain(), 10.0))
+        after.push_async_callback(lambda: asyncio.wait_for(server.drain(), PATIENCE))
         if load:
             for name in adapters:
                 await manager.load(name)
-        client = await after.enter_async_context(AsyncClient(addresses.public, api_key=api_key, timeout=20))
-        admin = await after.enter_async_context(AsyncAdminClient(addresses.admin, api_key=admin_key, timeout=20))
+        client = await after.enter_async_context(AsyncClient(addresses.public, api_key=api_key, timeout=PATIENCE))
+        admin = await after.enter_async_context(AsyncAdminClient(addresses.admin, api_key=admin_key, timeout=PATIENCE))
         yield Running(server, addresses, engine, registry, manager, root, client, admin)

@@ -27,10 +27,12 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
     PathNotAllowed,
+    SlowReader,
     Unimplemented,
     Unreachable,
 )
 
+from tests.patience import PATIENCE
 from tests.rpc.stack import endless, running
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ async def test_sync_clients_do_what_the_async_ones_do(tmp_path: Path) -> None:
     async with running(tmp_path, adapters=("a",)) as r:
 
         def work() -> None:
-            with Client(r.addresses.public, timeout=20) as client, AdminClient(r.addresses.admin) as admin:
+            with Client(r.addresses.public, timeout=PATIENCE) as client, AdminClient(r.addresses.admin) as admin:
                 result = client.generate("hello", adapter="a", max_new_tokens=6, ignore_eos=True)
                 events = list(client.stream("hello", adapter="a", max_new_tokens=6, ignore_eos=True))
                 assert isinstance(events[0], Started)
@@ -91,6 +93,8 @@ ERRORS: list[LoramuxError] = [
     AdapterExists("other content"),
     PathNotAllowed("outside the roots"),
     Overloaded("full", retry_after=2.5, reason="QUEUE_FULL"),
+    Overloaded("the disk is full", retry_after=None, reason="DISK_FULL"),
+    SlowReader("it did not read"),
     DeadlineExceeded("too late"),
     Cancelled("an operator did it"),
     Draining("going down", retry_after=0.5),
@@ -210,7 +214,7 @@ def test_import_is_quick_and_light() -> None:
         "{'engine', 'lora', 'model', 'ops', 'config'}; "
         "assert not heavy | rooms, (heavy, rooms)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_the_face_imports_no_torch() -> None:
@@ -218,7 +222,7 @@ def test_the_face_imports_no_torch() -> None:
         "import sys, loramux.rpc.server, loramux.config, loramux.metrics, loramux.http.metrics_server; "
         "assert not {m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'numpy'}"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 async def test_threads_share_a_client(tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ async def test_threads_share_a_client(tmp_path: Path) -> None:
 
         def work() -> None:
             texts: list[str] = []
-            with Client(r.addresses.public, timeout=20) as client:
+            with Client(r.addresses.public, timeout=PATIENCE) as client:
 
                 def one() -> None:
                     texts.append(client.generate("hello", adapter="a", max_new_tokens=4).text)

@@ -13,6 +13,7 @@ from loramux.http.metrics_server import MetricsServer
 from loramux.metrics import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, Metrics, Snapshot
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.patience import PATIENCE
 from tests.rpc.stack import Running, endless, running, write_adapter
 
 GATEWAY = {
@@ -30,7 +31,7 @@ GATEWAY = {
 
 
 def get(address: str, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(address, timeout=5)
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
     try:
         connection.request("GET", path)
         response = connection.getresponse()

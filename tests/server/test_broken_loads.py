@@ -20,6 +20,7 @@ from loramux.lora.adapter import Adapter
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.snapshot import FolderSnapshot
 
+from tests.patience import PATIENCE
 from tests.server.broken import INVALID, SOURCES, Kind, write_broken
 from tests.server.stack import Stack, save_adapter, serving
 from tests.server.test_bad_input import Background
@@ -50,7 +51,7 @@ async def settle(stack: Stack, baseline: dict[str, int], what: str) -> None:
         return {key: now for key, now in what_is_held(stack).items() if baseline.get(key, now) != now}
 
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while differs():
                 await asyncio.sleep(0.002)
     except TimeoutError:

@@ -42,6 +42,7 @@ from loramux.model.inputs import ModelInputs
 log = logging.getLogger(__name__)
 
 NO_MEMORY_TEXT = "the device ran out of memory in a step of this request; ask again when less is running"
+LONGEST_IDLE = 3600.0  # seconds; deadlines may be so far away that no wait takes them
 FAULT_TEXT = "the engine failed while it ran this request; the server's log has the details"
 
 
@@ -201,7 +202,7 @@ class Engine:
         waits = [g.request.deadline - now for g in self._groups.values() if g.request.deadline is not None]
         if any(group.loading for group in self._groups.values()):
             waits.append(self.settings.load_poll_seconds)
-        return max(0.0, min(waits)) if waits else None
+        return min(max(0.0, min(waits)), LONGEST_IDLE) if waits else None
 
     @property
     def healthy(self) -> bool:

@@ -29,7 +29,7 @@ from loramux.engine.request import Event, Request, RequestFailed, SequenceFinish
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats
 from loramux.engine.stream import Stream
-from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded
+from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded, SlowReader
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +180,8 @@ class AsyncEngine:
     def _put(self, stream: Stream, event: Event) -> None:
         stream.put(event)
         if stream.pending_tokens > self._settings.max_pending_tokens and not stream.ended:
-            error = Overloaded(
+            error = SlowReader(
                 f"the reader is more than {self._settings.max_pending_tokens} tokens behind",
-                reason="SLOW_READER",
                 metadata={"limit": self._settings.max_pending_tokens},
             )
             self._post_abort(stream.request, error)

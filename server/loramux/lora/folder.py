@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from loramux.errors import InvalidAdapter, PathNotAllowed
@@ -91,6 +92,25 @@ class OpenedFolder:
                     raise
                 os.stat(real)  # raises if it leads in a circle
         raise exchanged(name)
+
+    def names(self, most: int) -> list[str]:
+        """What lies in the folder, sorted; `most` of it. Empty if it cannot be listed."""
+        try:
+            with (
+                _descriptor(open_beneath(self.descriptor, ".", os.O_RDONLY | os.O_DIRECTORY)) as listed,
+                os.scandir(listed) as entries,
+            ):
+                return sorted(entry.name for entry in islice(entries, most))
+        except OSError:
+            return []
+
+    def holds(self, path: str) -> bool:
+        """Whether there is something beneath the folder at `path`, without a link on the way."""
+        try:
+            os.close(open_beneath(self.descriptor, path, FILE))
+        except OSError:
+            return False
+        return True
 
 
 def as_folder(folder: AdapterFolder | Path) -> AdapterFolder:

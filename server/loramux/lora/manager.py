@@ -181,7 +181,7 @@ class AdapterManager:
     async def watch(self) -> AsyncGenerator[AdapterEntry, None]:
         """Every adapter as it is now, then each one that changes, until `close`.
 
-        Slow readers see the latest state of each; one who falls far behind gets Overloaded (WATCH_TOO_SLOW).
+        Slow readers see the latest state of each; one who falls far behind gets SlowReader (WATCH_TOO_SLOW).
         """
         subscription = self.registry.subscribe()
         self._watchers.add(subscription)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from loramux.errors import InvalidAdapter
+from loramux.lora.file_type import SIGNATURE_BYTES, describe
 from loramux.lora.patterns import PatternTable
 from loramux.lora.roots import CONFIG_FILE
 
@@ -171,12 +172,19 @@ def _load_json(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(CONFIG_FILE, f"is not valid JSON: {error}", reason="INVALID_CONFIG") from None
+        raise InvalidAdapter(CONFIG_FILE, _not_json(data, error), reason="INVALID_CONFIG") from None
     if not isinstance(fields, dict):
         raise InvalidAdapter(
             CONFIG_FILE, f"holds a JSON {type(fields).__name__}, not an object", reason="INVALID_CONFIG"
         )
     return fields
+
+
+def _not_json(data: bytes, error: Exception) -> str:
+    if data[8:9] == b"{" and b"data_offsets" in data[:65536]:
+        return "is a safetensors file, not JSON; were the two files exchanged?"
+    what = None if data.lstrip()[:1] in (b"{", b"[") else describe(data[:SIGNATURE_BYTES])
+    return what or f"is not valid JSON: {error}"
 
 
 def _check_method(config: PeftConfig) -> None:

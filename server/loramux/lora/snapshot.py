@@ -21,16 +21,16 @@ from pathlib import Path
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.folder import AdapterFolder, OpenedFolder, as_folder
-from loramux.lora.header import LENGTH_BYTES, TensorEntry, header_length, parse_header
+from loramux.lora.header import LENGTH_BYTES, START_BYTES, TensorEntry, header_length, parse_header
 from loramux.lora.host_memory import allocate
 from loramux.lora.layout import SCALE_BYTES, aligned
 from loramux.lora.limits import ReadLimits
 from loramux.lora.matching import parse_key
+from loramux.lora.missing import missing
 from loramux.lora.peft_config import PeftConfig, parse_config
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 
 _CHUNK = 1 << 20
-_PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +53,7 @@ def take_snapshot(folder: AdapterFolder | Path, limits: ReadLimits) -> FolderSna
         config = bytes(_read(config_file, digest))
         weights = _read(weights_file, digest)
         size = len(weights)
-        length = header_length(bytes(weights[:LENGTH_BYTES]), size, limits)
+        length = header_length(bytes(weights[:START_BYTES]), size, limits)
         entries = parse_header(bytes(weights[LENGTH_BYTES : LENGTH_BYTES + length]), size, limits)
     return FolderSnapshot(config, weights, entries, f"sha256:{digest.hexdigest()}")
 
@@ -82,7 +82,8 @@ def measure(folder: AdapterFolder | Path, item_bytes: int, limits: ReadLimits) -
     with _opened(folder, limits) as (config_file, file):
         config = parse_config(config_file.read(limits.config_bytes))
         size = os.fstat(file.fileno()).st_size
-        length = header_length(file.read(LENGTH_BYTES), size, limits)
+        length = header_length(file.read(START_BYTES), size, limits)
+        file.seek(LENGTH_BYTES)
         entries = parse_header(file.read(length), size, limits)
     return sum(_bytes_on_device(entry, config, item_bytes) for entry in entries)
 
@@ -118,7 +119,7 @@ def _open(opened: OpenedFolder, name: str, limit: int) -> BufferedReader:
     try:
         file = open(name, "rb", opener=lambda name, _: opened.open(name))  # noqa: SIM115
     except FileNotFoundError:
-        raise InvalidAdapter(name, _missing(opened.folder.path, name), reason="ADAPTER_FILES_MISSING") from None
+        raise InvalidAdapter(name, missing(opened, name), reason="ADAPTER_FILES_MISSING") from None
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         file.close()
@@ -132,16 +133,6 @@ def _open(opened: OpenedFolder, name: str, limit: int) -> BufferedReader:
             metadata={"bytes": status.st_size, "limit": limit},
         )
     return file
-
-
-def _missing(folder: Path, name: str) -> str:
-    pickled = next((p for p in _PICKLED if (folder / p).exists()), None)
-    if name == WEIGHTS_FILE and pickled:
-        return (
-            f"{folder} has only {pickled}, a pickle, which can run code and is never opened. Convert it where you "
-            f"trust it: safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), '{WEIGHTS_FILE}')"
-        )
-    return f"{folder} has no {name}; an adapter folder is what PEFT's save_pretrained writes"
 
 
 def _identity(file: BufferedReader) -> tuple[int, int, int]:

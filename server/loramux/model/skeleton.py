@@ -51,7 +51,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
         del config.quantization_config
     try:
         with meta_parameters():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
     except KeyError as error:
         if error.args != (attention,):
             raise UnsupportedModel(f"{name}: transformers cannot build this model: {error}") from error

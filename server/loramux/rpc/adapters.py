@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 from loramux.engine.client import EngineClient
-from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, Overloaded
+from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, SlowReader
 from loramux.lora.entry import AdapterEntry, Residency, State
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.manager import AdapterManager
@@ -14,6 +14,7 @@ from loramux.rpc import convert
 from loramux.rpc.boundary import Context
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import MergeDone, Merger, MergeStep
+from loramux.rpc.sizes import MAX_MERGED
 from loramux.v1 import adapters_pb2 as pb
 from loramux.v1 import adapters_pb2_grpc as pb_grpc
 
@@ -145,6 +146,8 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
                 await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> None:
+        if len(request.mix) > MAX_MERGED:
+            raise InvalidRequest("mix", f"has {len(request.mix)} adapters; at most {MAX_MERGED} are allowed")
         wanted = convert.weighted(request.name, request.mix, "name")
         if not wanted:
             raise InvalidRequest("name", "is empty; name the adapter to merge, or give a mix")
@@ -175,9 +178,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             async with asyncio.timeout(self._send_timeout):
                 await context.write(message)
         except TimeoutError:
-            raise Overloaded(
-                f"the client did not read for {self._send_timeout:g} s; {then}", reason="SLOW_READER"
-            ) from None
+            raise SlowReader(f"the client did not read for {self._send_timeout:g} s; {then}") from None
 
 
 def _merging(step: MergeStep | MergeDone) -> pb.MergeAdapterResponse:

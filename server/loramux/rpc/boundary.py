@@ -1,7 +1,8 @@
 """The outermost interceptor: whatever happens inside, the caller gets a status from the one table.
 
 - A message that is not protobuf, holds invalid UTF-8 or exceeds `max_message_bytes` becomes INVALID_ARGUMENT
-  (grpc.aio alone answers UNKNOWN with the exception's text). Beyond `hard_cap(max_message_bytes)` gRPC's core
+  (grpc.aio alone answers UNKNOWN with the exception's text). So does one that holds more items than are allowed,
+  before it is parsed: that happens on the event loop. Beyond `hard_cap(max_message_bytes)` gRPC's core
   refuses the message before Python sees it: RESOURCE_EXHAUSTED without details.
 - A LoramuxError becomes its status; any other exception is logged and becomes INTERNAL without its text.
 
@@ -21,7 +22,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from loramux.errors import EngineFault, InvalidRequest, LoramuxError
-from loramux.rpc import status
+from loramux.rpc import status, wire
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,9 @@ async def abort(context: Context, error: LoramuxError) -> NoReturn:
 class Boundary(grpc.aio.ServerInterceptor):
     """See the module. `on_error` is told of every error that ends an RPC (for the metrics)."""
 
-    def __init__(self, max_message_bytes: int, on_error: Callable[[LoramuxError], None]) -> None:
+    def __init__(self, max_message_bytes: int, bounds: wire.Bounds, on_error: Callable[[LoramuxError], None]) -> None:
         self._limit = max_message_bytes
+        self._bounds = bounds
         self._on_error = on_error
 
     async def intercept_service(
@@ -75,6 +77,9 @@ class Boundary(grpc.aio.ServerInterceptor):
         )
 
     def _deserializer(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        # `parse` is the class method FromString of the message's class.
+        message = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+
         def deserialize(raw: bytes) -> Any:
             if len(raw) > self._limit:
                 return Malformed(
@@ -86,7 +91,11 @@ class Boundary(grpc.aio.ServerInterceptor):
                     )
                 )
             try:
+                if len(raw) > wire.SCANNED_FROM and message is not None:
+                    wire.check_counts(raw, message, self._bounds)
                 return parse(raw) if parse is not None else raw
+            except InvalidRequest as error:
+                return Malformed(error)
             except (DecodeError, ValueError):
                 return Malformed(
                     InvalidRequest(

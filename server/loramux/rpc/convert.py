@@ -1,12 +1,11 @@
 """Proto messages to the engine's records and back: pure functions.
 
-Checks the shape of a request (which fields go together, roles, finite weights); values against limits are
+Checks the shape of a request (which fields go together, roles, weights); values against limits are
 checked by the engine's door. Knows nothing of what names and ids mean.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from loramux.engine.request import (
     Usage,
 )
 from loramux.errors import InvalidRequest
+from loramux.lora.mixing import check_weight
 from loramux.v1 import generation_pb2 as pb
 
 ROLES = ("system", "user", "assistant")
@@ -74,8 +74,7 @@ def weighted(single: str, mix: Sequence[pb.AdapterWeight], field: str) -> list[t
             raise InvalidRequest(f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry")
         if part.adapter in seen:
             raise InvalidRequest(f"mix[{i}].adapter", f"{part.adapter!r} is there twice; add its weights up")
-        if not math.isfinite(part.weight):
-            raise InvalidRequest(f"mix[{i}].weight", f"must be finite, got {part.weight}")
+        check_weight(part.weight, f"mix[{i}].weight")
         seen.add(part.adapter)
     return [(part.adapter, part.weight) for part in mix]
 
@@ -90,6 +89,11 @@ def input_field(message: pb.GenerateRequest | pb.CountTokensRequest) -> str:
     if kind == "token_ids" and not message.token_ids.ids:
         raise InvalidRequest("token_ids", "is empty; give at least one id", reason="EMPTY_PROMPT")
     return kind
+
+
+def parse_special(message: pb.GenerateRequest | pb.CountTokensRequest) -> bool:
+    """Whether texts of special tokens in the prompt are those tokens; true unless it says otherwise."""
+    return message.parse_special if message.HasField("parse_special") else True
 
 
 def chat(message: pb.Chat) -> list[dict[str, str]]:

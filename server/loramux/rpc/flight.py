@@ -14,11 +14,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from loramux.engine.client import EngineClient
-from loramux.engine.door import check_request
+from loramux.engine.door import check_prompt, check_request, check_sampling
 from loramux.engine.request import AdapterUse, Delta, Event, Request, RequestFailed, SequenceFinished
 from loramux.errors import EngineFault
 from loramux.metrics import Metrics
-from loramux.rpc import convert
+from loramux.rpc import convert, sizes
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Leases
 from loramux.rpc.telemetry import RequestWatch
@@ -103,6 +103,7 @@ class Admission:
         """`check_open` raises what requests are refused with while the server starts or drains."""
         self._merged = merged
         self._engine = engine
+        self._bounds = sizes.bounds(engine.limits)
         self._check_open = check_open
         self._leases = leases
         self._tokenizing = tokenizing
@@ -112,9 +113,11 @@ class Admission:
     async def admit(self, message: pb.GenerateRequest, seconds_left: float | None) -> AsyncIterator[Flight]:
         """A flight for this message, closed on the way out. `seconds_left` to its deadline, None without.
 
-        Raises Draining, then AdapterNotFound before anything else is done, then InvalidRequest or Overloaded.
+        Raises Draining, then InvalidRequest for what there is too much of, then AdapterNotFound before anything else is
+        done, then InvalidRequest or Overloaded.
         """
         self._check_open()
+        sizes.check(message, self._engine.limits, self._bounds)
         arrival = time.monotonic()
         ticket = uuid.uuid4().hex  # callers may reuse their ids while a request of theirs is live
         adapters: list[AdapterUse] = []
@@ -135,6 +138,14 @@ class Admission:
                 for use in adapters:
                     self._leases.release(use.handle.uid, ticket)
 
+    async def count(self, message: pb.CountTokensRequest) -> list[int]:
+        """The ids of an input that `admit` would take. Raises Draining, InvalidRequest or Overloaded."""
+        self._check_open()
+        sizes.check_input(message, self._bounds)
+        ids = await self._tokenizing.ids(message)
+        check_prompt(ids, self._engine.limits, convert.input_field(message))
+        return ids
+
     async def _request(
         self,
         message: pb.GenerateRequest,
@@ -144,6 +155,7 @@ class Admission:
         seconds_left: float | None,
     ) -> Request:
         sampling = convert.sampling(message.sampling)
+        check_sampling(sampling, self._engine.limits)
         ids = tuple(await self._tokenizing.ids(message))
         priority = message.priority
         check_request(

@@ -6,12 +6,11 @@ import asyncio
 
 from loramux import __version__
 from loramux.engine.client import EngineClient
-from loramux.errors import Overloaded
+from loramux.errors import SlowReader
 from loramux.rpc import convert
 from loramux.rpc.boundary import Context
 from loramux.rpc.flight import Admission
 from loramux.rpc.ports import ModelInfo
-from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import generation_pb2 as pb
 from loramux.v1 import generation_pb2_grpc as pb_grpc
 
@@ -23,14 +22,12 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self,
         engine: EngineClient,
         admission: Admission,
-        tokenizing: Tokenizing,
         model: ModelInfo,
         *,
         send_timeout: float,
     ) -> None:
         self._engine = engine
         self._admission = admission
-        self._tokenizing = tokenizing
         self._model = model
         self._send_timeout = send_timeout
 
@@ -61,13 +58,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             async with asyncio.timeout(self._send_timeout):
                 await context.write(message)
         except TimeoutError:
-            raise Overloaded(
-                f"the client did not read for {self._send_timeout:g} s; its request was stopped",
-                reason="SLOW_READER",
-            ) from None
+            raise SlowReader(f"the client did not read for {self._send_timeout:g} s; its request was stopped") from None
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
-        ids = await self._tokenizing.ids(request)
+        ids = await self._admission.count(request)
         return pb.CountTokensResponse(tokens=len(ids), token_ids=ids)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:

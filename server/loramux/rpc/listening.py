@@ -13,6 +13,7 @@ from loramux.config import Settings
 from loramux.errors import LoramuxError, StartupError
 from loramux.rpc.auth import BearerAuth
 from loramux.rpc.boundary import Boundary, hard_cap
+from loramux.rpc.wire import Bounds
 
 
 def make_server(
@@ -21,9 +22,11 @@ def make_server(
     scope: str,
     key: str | None,
     other_key: str | None,
+    bounds: Bounds,
     on_error: Callable[[LoramuxError], None],
 ) -> grpc.aio.Server:
-    """A server that asks for `key` (if any) and answers every error from the status table."""
+    """A server that asks for `key` (if any), takes messages within `bounds` and answers every error from the status
+    table."""
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", hard_cap(settings.max_message_bytes)),
         ("grpc.max_send_message_length", -1),
@@ -35,7 +38,7 @@ def make_server(
     ]
     interceptors = (
         BearerAuth(key, scope=scope, other_key=other_key, on_error=on_error),  # first: strangers cost nothing
-        Boundary(settings.max_message_bytes, on_error),
+        Boundary(settings.max_message_bytes, bounds, on_error),
     )
     return grpc.aio.server(interceptors=interceptors, options=options)
 

@@ -21,6 +21,7 @@ from loramux.http.metrics_server import MetricsServer
 from loramux.lora.entry import AdapterEntry
 from loramux.lora.manager import AdapterManager
 from loramux.metrics import Metrics
+from loramux.rpc import sizes
 from loramux.rpc.adapters import AdapterServicer
 from loramux.rpc.flight import Admission
 from loramux.rpc.generation import GenerationServicer
@@ -84,13 +85,18 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self._metrics_server: MetricsServer | None = None
         self._telemetry = Telemetry(self.metrics, parts.engine, parts.adapters.registry)
-        self._tokenizing = Tokenizing(parts.tokenizer, max_waiting=settings.max_queue)
+        self._tokenizing = Tokenizing(parts.tokenizer, parts.engine.limits, max_waiting=settings.max_queue)
         self._health = Health((GENERATION, ADAPTERS), lambda: parts.engine.healthy)
         self._unlisten = parts.adapters.registry.listen(self._adapter_changed)
         parts.adapters.registry.tiers.turn = parts.engine.wake
         api_key, admin_key = settings.api_key, settings.admin_key
-        self._public = make_server(settings, scope="public", key=api_key, other_key=admin_key, on_error=self._count)
-        self._admin = make_server(settings, scope="admin", key=admin_key, other_key=api_key, on_error=self._count)
+        bounds = sizes.bounds(parts.engine.limits)
+        self._public = make_server(
+            settings, scope="public", key=api_key, other_key=admin_key, bounds=bounds, on_error=self._count
+        )
+        self._admin = make_server(
+            settings, scope="admin", key=admin_key, other_key=api_key, bounds=bounds, on_error=self._count
+        )
         self._add_services()
 
     def _add_services(self) -> None:
@@ -99,9 +105,7 @@ class Server:
         admission = Admission(
             parts.engine, parts.adapters.registry, self._tokenizing, self.metrics, self._check_open, merged
         )
-        generation = GenerationServicer(
-            parts.engine, admission, self._tokenizing, parts.model, send_timeout=settings.send_timeout
-        )
+        generation = GenerationServicer(parts.engine, admission, parts.model, send_timeout=settings.send_timeout)
         adapters = AdapterServicer(
             parts.adapters, parts.engine, parts.merger, merged, send_timeout=settings.send_timeout
         )

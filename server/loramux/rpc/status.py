@@ -5,7 +5,7 @@
     InvalidAdapter       INVALID_ARGUMENT      PreconditionFailure
     AdapterUnavailable   FAILED_PRECONDITION   PreconditionFailure
     AdapterNotFound      NOT_FOUND             ResourceInfo
-    Overloaded           RESOURCE_EXHAUSTED    RetryInfo
+    Overloaded           RESOURCE_EXHAUSTED    RetryInfo, if it has a `retry_after`
     Draining             UNAVAILABLE           RetryInfo
     other LoramuxError   its `status`          –
     any other exception  INTERNAL              – (the text tells nothing of the internals)
@@ -41,6 +41,7 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
     grpc.StatusCode.ALREADY_EXISTS: errors.AdapterExists,
     grpc.StatusCode.PERMISSION_DENIED: errors.PathNotAllowed,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.ABORTED: errors.SlowReader,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.UNAVAILABLE: errors.Unreachable,
@@ -86,7 +87,10 @@ def _details(error: errors.LoramuxError) -> tuple[Message, ...]:
         case errors.AdapterNotFound():
             name = _clip(error.name, _MAX_VALUE)
             return (details_pb2.ResourceInfo(resource_type="loramux.v1.Adapter", resource_name=name),)
+        case errors.Overloaded(retry_after=None):
+            return ()
         case errors.Overloaded() | errors.Draining():
+            assert error.retry_after is not None
             seconds = error.retry_after if math.isfinite(error.retry_after) else 1.0
             retry = details_pb2.RetryInfo()
             retry.retry_delay.FromNanoseconds(max(0, int(seconds * 1e9)))
@@ -135,7 +139,8 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
             return errors.InvalidRequest("request", message, reason="MESSAGE_TOO_LARGE")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return errors.Overloaded(message, retry_after=_retry_after(found), reason=reason, metadata=metadata)
+            retry_after = None if info is not None and "RetryInfo" not in found else _retry_after(found)
+            return errors.Overloaded(message, retry_after=retry_after, reason=reason, metadata=metadata)
         case grpc.StatusCode.UNAVAILABLE if info is not None:
             return errors.Draining(message, retry_after=_retry_after(found), metadata=metadata)
         case grpc.StatusCode.ALREADY_EXISTS if reason == errors.FolderExists.reason:
