@@ -171,7 +171,7 @@ async def test_a_file_that_is_broken_changes_nothing(
         ("? [a]\n: b\n", r"line 1: a key that is not text"),
         ('"\\e[31m": a\n', r": \\x1b\[31m: Extra inputs"),
         ("adapters:\n" + "- {}\n" * 1000, r"adapters\.7\.name: Field required; and 992 more"),
-        ("x" * 100_000 + ": a\n", r"x{64}…: Extra inputs"),
+        ("x" * 1000 + ": a\n", r"x{64}…: Extra inputs"),
         ("\0", r"is not YAML"),
     ],
 )
@@ -251,7 +251,7 @@ async def test_a_file_that_cannot_be_read_is_told_once_and_the_next_is_applied(
     assert declaration is not None
     for content in ("adapters:\n- name: a\n- name: 2020-99-99\n", "adapters: [" * 5000, "\udc80"):
         caplog.clear()
-        file.write_bytes(content.encode("utf-8", "surrogateescape"))
+        await asyncio.to_thread(file.write_bytes, content.encode("utf-8", "surrogateescape"))
         for _ in range(4):
             await declaration.look()
         assert [r.levelname for r in caplog.records].count("ERROR") == 1, caplog.text

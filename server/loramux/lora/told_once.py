@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 _MOST_LINES = 20  # of one occasion; thousands of folders may be wrong in one way
 
@@ -22,11 +22,10 @@ class ToldOnce:
             self._told[subject] = text
             self._log.log(self._level, "%s", text, exc_info=traceback)
 
-    def tell_all(self, texts: Iterable[tuple[str, str]], what: str) -> None:
-        """(subject, text) of everything that is wrong now; others are forgotten. Beyond some lines `what` are counted."""
-        texts = dict(texts)
+    def tell_all(self, texts: Mapping[str, str], what: str) -> None:
+        """The text by subject of all that is wrong now; others are forgotten. Beyond some lines `what` are counted."""
         new = [text for subject, text in texts.items() if self._told.get(subject) != text]
-        self._told = texts
+        self._told = dict(texts)
         for text in new[:_MOST_LINES]:
             self._log.log(self._level, "%s", text)
         if len(new) > _MOST_LINES:
