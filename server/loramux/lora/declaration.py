@@ -171,13 +171,8 @@ class Declaration:
         log.info("applied %s: %d adapters, %d errors", self._path, len(self._applied), len(errors))
 
     def _tell(self, errors: Mapping[str, LoramuxError]) -> None:
-        self._told.tell_all(
-            (
-                (name, f"{self._path}: adapter {name!r}: {e.message}" if name else e.message)
-                for name, e in errors.items()
-            ),
-            "adapters that could not be had",
-        )
+        texts = {n: f"{self._path}: adapter {n!r}: {e.message}" if n else e.message for n, e in errors.items()}
+        self._told.tell_all(texts, "adapters that could not be had")
 
 
 def _tried(declared: Declared, resolve: Callable[[], AdapterFolder]) -> AdapterFolder | LoramuxError:
