@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,7 @@ from loramux.lora.adapter import Adapter
 from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.entry import LoadedAdapter
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.hub import Hub
 from loramux.lora.in_base import AdapterInBase
 from loramux.lora.limits import ReadLimits
@@ -143,7 +143,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
     # Where the device has its own memory, what is put out of it comes back from a copy that was never given up.
     keep = model.device.type != "cpu" and settings.adapter_host_memory > 0
 
-    def read_and_place(folder: Path) -> LoadedAdapter:
+    def read_and_place(folder: AdapterFolder) -> LoadedAdapter:
         if isinstance(loaded.merged, Delta):
             ((merged, _),) = loaded.merged.terms
             return AdapterInBase.of(merged, len(model.sites), model.dtype)

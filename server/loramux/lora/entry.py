@@ -134,6 +134,7 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:

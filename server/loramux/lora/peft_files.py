@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.base import NOTHING_KNOWN, Base
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.header import TensorEntry
 from loramux.lora.limits import ReadLimits
 from loramux.lora.matching import FactorKey, match_sites, parse_key
@@ -90,7 +91,7 @@ class AdapterFiles:
 
 
 def read_adapter(
-    folder: Path, sites: Sequence[Site], *, limits: ReadLimits, base: Base = NOTHING_KNOWN
+    folder: AdapterFolder | Path, sites: Sequence[Site], *, limits: ReadLimits, base: Base = NOTHING_KNOWN
 ) -> AdapterFiles:
     """Read and check the adapter in `folder` for a base with `sites`.
 
