@@ -51,8 +51,8 @@ class Victim:
 
 @dataclass(frozen=True, slots=True)
 class Witnessed:
-    """What the bystander felt: seconds of the longest GetModel and of the slowest good request, good requests that ended
-    and those of them that did not end well."""
+    """What the bystander felt: seconds of the longest GetModel and of the slowest good request, how many good requests
+    ended, and those that did not end well."""
 
     longest: float
     slowest: float
