@@ -1,7 +1,8 @@
 """The command line: serve, demo, generate, adapters, merge, quantize. Turns words into calls and errors into sentences.
 
 Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
-does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick.
+does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick, and so that
+generate and adapters work where only the client is installed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import asyncio
 import inspect
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -60,6 +63,21 @@ def main() -> None:
         _fail(f"{error.message} [{error.status} {error.reason}]")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _require_server() -> None:
+    """Raises StartupError if a package of the extra `server` is not installed, as with `pip install loramux` alone."""
+    try:
+        requirements = metadata.requires("loramux") or ()
+    except metadata.PackageNotFoundError:
+        return  # run from its sources, beside packages that somebody chose
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        package = re.split(r"[^\w.-]", wanted, maxsplit=1)[0]
+        if re.search(r"""extra == ['"]server['"]""", marker) and not any(metadata.distributions(name=package)):
+            raise StartupError(
+                f"this command needs the server, and {package} is not installed: pip install 'loramux[server]'"
+            )
 
 
 def _fail(message: str) -> NoReturn:
@@ -135,6 +153,7 @@ def serve(
 
     Every flag can be given as LORAMUX_… in the environment or in the --config file.
     """
+    _require_server()
     from loramux import logs
     from loramux.serve import run
 
@@ -153,6 +172,7 @@ def demo(
 
     The batch holds prompts for the base and for every adapter in the folder, all at the same time.
     """
+    _require_server()
     from loramux.demo import run
 
     run(model, adapter_dir, console)
@@ -252,6 +272,7 @@ def merge(
 
       loramux merge --mix sql=0.7,json=0.3 --out ./smollm2-mix --dtype fp16
     """
+    _require_server()
     from loramux.lora.ingredient import Ingredient
     from loramux.lora.roots import AdapterRoots
     from loramux.merge import merge as write
@@ -284,6 +305,7 @@ def quantize(
 
     Example: loramux quantize ./Llama-3-8B ./Llama-3-8B-nf4
     """
+    _require_server()
     from loramux.progress import bars
     from loramux.quantize import quantize_to
 
