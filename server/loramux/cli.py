@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import logging
 import math
 import sys
 import time
@@ -136,11 +135,10 @@ def serve(
 
     Every flag can be given as LORAMUX_… in the environment or in the --config file.
     """
+    from loramux import logs
     from loramux.serve import run
 
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.configure(settings.log_level, settings.log_format)  # after the imports: libraries set up their own
     asyncio.run(run(settings, errors, ports_file))
 
 
@@ -344,6 +342,8 @@ def adapters_load(
         f"{adapter.device_bytes / 2**20:.2f} MiB, read in {adapter.load_seconds * 1e3:.0f} ms",
         highlight=False,
     )
+    for warning in adapter.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
 
 
 @adapters_app.command("unload")

@@ -197,6 +197,9 @@ class Settings:
     max_stop_strings: int = field(default=16, metadata=_is(integer("N", 0, 1024), "Most stop strings in one request."))
     max_top_logprobs: int = field(default=20, metadata=_is(integer("N", 0, 1024), "Most top_logprobs in one request."))
     max_mix: int = field(default=8, metadata=_is(integer("N", 1, 256), "Most adapters in one request's mix."))
+    max_chat_turns: int = field(
+        default=1024, metadata=_is(integer("TURNS", 1, 1 << 16), "Most turns in one request's conversation.")
+    )
     max_message_bytes: int = field(
         default=4 << 20,
         metadata=_is(
@@ -218,6 +221,10 @@ class Settings:
     log_level: str = field(
         default="info",
         metadata=_is(choice("debug", "info", "warning", "error"), "How much is logged. Prompts never are."),
+    )
+    log_format: str = field(
+        default="text",
+        metadata=_is(choice("text", "json"), "Log lines as text, or as one JSON object each."),
     )
 
     def __post_init__(self) -> None:

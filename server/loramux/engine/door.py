@@ -32,6 +32,11 @@ class Limits:
     max_context: int
     settings: EngineSettings = field(default_factory=EngineSettings)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; one place is left for the first generated token."""
+        return self.max_context - 1
+
 
 def check_request(
     sampling: SamplingParams,
@@ -51,7 +56,7 @@ def check_request(
     was given.
     """
     s = limits.settings
-    _check_prompt(prompt_ids, limits, prompt_field)
+    check_prompt(prompt_ids, limits, prompt_field)
     _at_most("request_id", len(request_id), s.max_request_id_chars, "characters")
     _at_most("cache_salt", len(cache_salt), s.max_cache_salt_chars, "characters")
     _at_most("mix", len(adapters), s.max_mix, "adapters")
@@ -92,20 +97,24 @@ def check_sampling(p: SamplingParams, limits: Limits) -> None:
     _check_stops(p, limits)
 
 
-def _check_prompt(prompt_ids: Sequence[int], limits: Limits, name: str) -> None:
+def check_prompt(prompt_ids: Sequence[int], limits: Limits, name: str) -> None:
+    """The part of `check_request` that concerns the prompt. Raises InvalidRequest for the field `name`."""
     if not prompt_ids:
         raise _invalid(name, "is empty; give at least one token", 1, 0, reason="EMPTY_PROMPT")
-    longest = limits.max_context - 1  # one place is left for the first generated token
-    if len(prompt_ids) > longest:
-        raise _invalid(
-            name,
-            f"has {len(prompt_ids)} tokens; this server's context of {limits.max_context} tokens "
-            f"takes prompts of at most {longest}",
-            longest,
-            len(prompt_ids),
-            reason="PROMPT_TOO_LONG",
-        )
+    if len(prompt_ids) > limits.longest_prompt:
+        raise prompt_too_long(name, len(prompt_ids), limits.max_context)
     _check_ids(name, prompt_ids, limits.vocab_size)
+
+
+def prompt_too_long(name: str, tokens: int, max_context: int, *, or_more: bool = False) -> InvalidRequest:
+    """The error for a prompt of so many tokens, or of at least so many."""
+    return InvalidRequest(
+        name,
+        f"has {tokens} tokens{' or more' if or_more else ''}; this server's context of {max_context} tokens takes "
+        f"prompts of at most {max_context - 1}",
+        reason="PROMPT_TOO_LONG",
+        metadata={"limit": max_context - 1, "given": tokens},
+    )
 
 
 def _check_bias(p: SamplingParams, limits: Limits) -> None:

@@ -47,6 +47,8 @@ NO_MEMORY_TEXT = "the device ran out of memory in a step of this request; ask ag
 LONGEST_IDLE = 3600.0  # seconds; deadlines may be so far away that no wait takes them
 FAULT_TEXT = "the engine failed while it ran this request; the server's log has the details"
 
+_MOST_SHOWN = 64  # requests in one log line
+
 
 class Model(Protocol):
     """All that the engine asks of a model, which holds num_kv_blocks KV blocks of block_size tokens."""
@@ -354,14 +356,13 @@ class Engine:
         groups = list(groups)
         reason: LoramuxError
         if isinstance(error, torch.OutOfMemoryError):
-            log.warning("no memory for a step of %d requests, which fail: %s", len(groups), error)
+            log.warning("no memory for a step of %d requests, which fail: %s; %s", len(groups), error, _shown(groups))
             reason = Overloaded(NO_MEMORY_TEXT, reason="DEVICE_MEMORY")
         elif isinstance(error, LoramuxError):
             reason = error
         else:
             self._faults += 1
-            ids = ", ".join(repr(group.request.request_id) for group in groups)
-            log.error("engine fault; requests that fail: %s", ids, exc_info=error)
+            log.error("engine fault; %s fail", _shown(groups), exc_info=error)
             reason = EngineFault(FAULT_TEXT)
         for group in groups:
             self.finish(group, RequestFailed(reason))
@@ -454,6 +455,13 @@ def _by_request(rows: list[Row]) -> list[tuple[Group, list[Row]]]:
     for row in rows:
         found.setdefault(row.sequence.group, []).append(row)
     return list(found.items())
+
+
+def _shown(groups: list[Group]) -> str:
+    """For the log: the ids of some requests, not more than a reader can use."""
+    ids = [repr(group.request.shown_id) for group in groups[:_MOST_SHOWN]]
+    more = f" and {len(groups) - _MOST_SHOWN} more" if len(groups) > _MOST_SHOWN else ""
+    return f"requests {', '.join(ids)}{more}"
 
 
 class _Laps:

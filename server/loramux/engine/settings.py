@@ -39,6 +39,7 @@ class EngineSettings:
     max_cache_salt_chars: int = 256
     max_priority: int = 100
     max_mix: int = 8
+    max_chat_turns: int = 1024
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other."""
