@@ -187,7 +187,7 @@ class Adapter:
     """An adapter as the server sees it.
 
     `state` is "registered", "loading", "ready", "draining", "failed" or "unloaded"; `residency` "disk", "host" or
-    "device".
+    "device". `warnings` are sentences about what is served and hardly meant.
     """
 
     name: str
@@ -208,6 +208,7 @@ class Adapter:
     load_seconds: float
     error: str
     merged: bool
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

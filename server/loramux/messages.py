@@ -216,6 +216,7 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         load_seconds=message.load_time.ToNanoseconds() / 1e9,
         error=message.error,
         merged=message.merged,
+        warnings=tuple(message.warnings),
     )
 
 

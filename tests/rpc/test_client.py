@@ -110,25 +110,25 @@ async def test_errors_arrive_as_they_were_raised(tmp_path: Path, error: LoramuxE
 
     def same(caught: LoramuxError) -> None:
         assert (type(caught), caught.message, caught.reason) == (type(error), error.message, error.reason)
-        assert caught.metadata == error.metadata
+        assert caught.metadata == error.metadata | {"request_id": "mine"}
         assert getattr(caught, "retry_after", None) == getattr(error, "retry_after", None)
 
     async with running(tmp_path, script=fail) as r:
         with pytest.raises(LoramuxError) as caught:
-            await r.client.generate("x")
+            await r.client.generate("x", request_id="mine")
         same(caught.value)
         with pytest.raises(LoramuxError) as caught:
-            async for _ in r.client.stream("x"):
+            async for _ in r.client.stream("x", request_id="mine"):
                 pass
         same(caught.value)
 
         def sync() -> None:
             with Client(r.addresses.public) as client:
                 with pytest.raises(LoramuxError) as caught:
-                    client.generate("x")
+                    client.generate("x", request_id="mine")
                 same(caught.value)
                 with pytest.raises(LoramuxError) as caught:
-                    list(client.stream("x"))
+                    list(client.stream("x", request_id="mine"))
                 same(caught.value)
 
         await in_thread(sync)

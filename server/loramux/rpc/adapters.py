@@ -62,6 +62,7 @@ def describe(entry: AdapterEntry, merged: str = "") -> pb.Adapter:
         leases=len(entry.leases),
         error=entry.error.message if entry.error is not None else "",
         merged=entry.name == merged,
+        warnings=entry.warnings,
     )
     if entry.loaded_at:
         message.loaded_at.FromNanoseconds(int(entry.loaded_at * 1e9))

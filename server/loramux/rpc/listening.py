@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import grpc
 import grpc.aio
 
 from loramux.config import Settings
-from loramux.errors import LoramuxError, StartupError
+from loramux.errors import StartupError
 from loramux.rpc.auth import BearerAuth
-from loramux.rpc.boundary import Boundary, hard_cap
+from loramux.rpc.boundary import Boundary, OnError, OnRefusal, hard_cap
 from loramux.rpc.wire import Bounds
 
 _OTHER_STREAMS = 256  # of one connection: probes, watches, questions
@@ -25,7 +24,8 @@ def make_server(
     key: str | None,
     other_key: str | None,
     bounds: Bounds,
-    on_error: Callable[[LoramuxError], None],
+    on_error: OnError,
+    on_refusal: OnRefusal,
 ) -> grpc.aio.Server:
     """A server that asks for `key` (if any), takes messages within `bounds` and answers every error from the status
     table."""
@@ -41,8 +41,8 @@ def make_server(
         ("grpc.keepalive_permit_without_calls", 1),
     ]
     interceptors = (
-        BearerAuth(key, scope=scope, other_key=other_key, on_error=on_error),  # first: strangers cost nothing
-        Boundary(settings.max_message_bytes, bounds, on_error),
+        BearerAuth(key, scope=scope, other_key=other_key, on_refusal=on_refusal),  # first: strangers cost nothing
+        Boundary(settings.max_message_bytes, bounds, on_error, on_refusal),
     )
     return grpc.aio.server(interceptors=interceptors, options=options)
 
