@@ -70,7 +70,7 @@ def _behind_the_boundary(message: type[Any], limit: int = 4 << 20) -> Any:
         def FromString(cls, raw: bytes) -> Any:
             raise AssertionError("parsed")
 
-    return Boundary(limit, BOUNDS, lambda error: None)._deserializer(Unparsed.FromString)
+    return Boundary(limit, BOUNDS, lambda error: None, lambda *refused: None)._deserializer(Unparsed.FromString)
 
 
 @pytest.mark.parametrize(("field", "message"), FLOODS.values(), ids=FLOODS)
@@ -204,8 +204,8 @@ async def test_short_texts_wait_for_no_long_one(tmp_path: Path) -> None:
     assert await tokenizing.ids(pb.GenerateRequest(prompt="hi")) == [104, 105]
     for task in long:
         task.cancel()
-    tokens.go_on.set()
     await asyncio.wait(long)
+    tokens.go_on.set()
     assert await tokenizing.ids(pb.GenerateRequest(prompt="y" * 20_000)) == [121] * 20_000
     tokenizing.close()
     assert tokens.texts.count(20_000) == 2  # of those that left, only the one that had begun
