@@ -135,7 +135,7 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
             violation = found["BadRequest"].field_violations[0]
             return errors.InvalidRequest(violation.field, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.NOT_FOUND if "ResourceInfo" in found:
-            return errors.AdapterNotFound(found["ResourceInfo"].resource_name)
+            return errors.AdapterNotFound(found["ResourceInfo"].resource_name, message=message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
             return errors.InvalidRequest("request", message, reason="MESSAGE_TOO_LARGE")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
