@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loramux.engine.request import Delta, Event, Request
 from loramux.errors import Cancelled, Draining, StartupError, Unreachable
 from loramux.rpc import health as health_module
 from loramux.rpc.server import Server
+from loramux.rpc.watchers import Watchers
 from loramux.values import StartAdapter
 
 from tests.patience import PATIENCE
