@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-adapters soak gpu-check stubs clean
+.PHONY: help demo test cases fuzz attack lint bench bench-adapters soak gpu-check stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,16 @@ demo: $(VENV)/.demo ## Serve the embedded model with every shipped adapter and s
 
 test: $(VENV)/.test ## Run all tests
 	$(BIN)/python -m pytest
+
+cases: $(VENV)/.test ## Run the inputs that once failed (tests/cases); CASES="header mix" runs those with such a word in their path
+	$(BIN)/python -m tests.cases.cases $(CASES)
+
+fuzz: $(VENV)/.test ## Fuzz the adapter reader, the adapters file, Generate and raw bytes, FUZZ_MINUTES (10) each
+	for target in adapter_files adapters_file generate raw_bytes; do \
+	  $(BIN)/python -m tests.fuzz $$target --minutes $(or $(FUZZ_MINUTES),10) || exit 1; done
+
+attack: $(VENV)/.demo ## Attack a server of its own as hostile clients and adapters would; tell what others felt (docs/security.md)
+	$(BIN)/python -m loadtest attack
 
 lint: $(VENV)/.test ## Run the linters and the type checker
 	$(BIN)/ruff check .

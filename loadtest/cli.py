@@ -10,6 +10,7 @@ from rich.text import Text
 
 from loadtest.bench import NotEnoughAdapters
 from loadtest.commands.adapters import adapters
+from loadtest.commands.attack import attack
 from loadtest.commands.bench import run_bench
 from loadtest.commands.bench_adapters import run_bench_adapters
 from loadtest.commands.gpu_check import NoDevice, gpu_check, gpu_part
@@ -33,6 +34,7 @@ peers = typer.Typer(help="Measure other ways to serve many adapters.", no_args_i
 app.command()(adapters)
 app.command()(run)
 app.command()(soak)
+app.command()(attack)
 app.command()(compare)
 app.command(name="bench")(run_bench)
 app.command(name="bench-adapters")(run_bench_adapters)

@@ -85,6 +85,35 @@ def show_soak(summary: Mapping[str, Any], resident: list[int]) -> None:
         err.print("✓ nothing left behind", style="green")
 
 
+def show_attacks(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Show what good clients felt of each attack, and what it left behind."""
+    table = Table(title="attacks, and what others felt", title_justify="left")
+    columns = (
+        "",
+        "GetModel, longest s",
+        "good requests",
+        "lost",
+        "memory, MiB",
+        "descriptors",
+        "took, s",
+        "ended with",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column not in ("", "ended with") else "left")
+    for row in rows:
+        table.add_row(
+            row["attack"],
+            f"{row['longest_get_model_s']:.2f}",
+            f"{row['good']:,}",
+            f"{sum(row['lost'].values()):,}",
+            f"{row['rss_before_mib']:,.0f} → {row['rss_after_mib']:,.0f}",
+            f"{row['descriptors_before']} → {row['descriptors_after']}",
+            f"{row['seconds']:.1f}",
+            ", ".join(f"{count} {status}" for status, count in row["outcomes"].items()),
+        )
+    err.print(table)
+
+
 def show_comparison(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> None:
     """Show our server beside a peer."""
     table = Table(title=f"{ours['max_concurrency']} requests, {ours['adapters']} adapters", title_justify="left")

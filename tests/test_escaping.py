@@ -15,7 +15,7 @@ from loramux.escaping import escape
         ("Zürich 東京 🙂 ‖ΔW‖ ≤ …", "Zürich 東京 🙂 ‖ΔW‖ ≤ …"),
         (r"C:\x", r"C:\x"),
         ("\x1b]0;title\x07\x1b[2J", r"\x1b]0;title\x07\x1b[2J"),
-        ("one\ntwo\r\n\tthree", r"one\x0atwo\x0d\x0a\x09three"),
+        ("one\ntwo\r\n\tthree", r"one\ntwo\r\n\tthree"),
         ("\x9b31m\x85", r"\x9b31m\x85"),
         ("\u202egnp.exe\u2066\u200f", r"\u202egnp.exe\u2066\u200f"),
         ("a\u2028b\u2029c\u200bd\ufeff", r"a\u2028b\u2029c\u200bd\ufeff"),

@@ -18,12 +18,24 @@ ROOMS = {
     "http": {"http", "engine", "lora"},
     "rpc": {"rpc", "http", "engine", "lora"},
 }
-EVERYONE = {"errors", "config", "values", "metrics", "v1", "merge_report", "children", "escaping"}
-EVERYONE |= {"__init__", "__version__"}
+EVERYONE = {
+    "children",
+    "errors",
+    "escaping",
+    "logs",
+    "config",
+    "values",
+    "metrics",
+    "v1",
+    "merge_report",
+    "__init__",
+    "__version__",
+}
 TORCH_FREE = [
     "loramux.client",
     "loramux.config",
     "loramux.errors",
+    "loramux.logs",
     "loramux.metrics",
     "loramux.cli",
     "loramux.checks",

@@ -27,26 +27,24 @@ _LONGEST_SOCKET_PATH = 107
 def check(settings: Settings, ports_file: Path | None = None) -> None:
     """Raises StartupError, naming the flag, for what would fail later: files, folders, adapters, certificates."""
     local_place(settings.model)
-    for root in settings.adapter_dir:
-        _check_folder(root, "--adapter-dir", os.R_OK | os.X_OK)
     if settings.merge_dir is not None:
-        _check_folder(settings.merge_dir, "--merge-dir", os.W_OK | os.X_OK)
+        _check_folder(settings.merge_dir, "--merge-dir")
     if ports_file is not None:
         if ports_file.is_dir():
             raise StartupError(f"--ports-file: {ports_file} is a folder; name a file")
-        _check_folder(ports_file.parent, "--ports-file", os.W_OK | os.X_OK)
+        _check_folder(ports_file.parent, "--ports-file")
     if settings.tls_cert is not None and settings.tls_key is not None:
         _check_certificate(settings.tls_cert, settings.tls_key)
     _check_adapters(settings)
 
 
-def _check_folder(folder: Path, flag: str, access: int) -> None:
+def _check_folder(folder: Path, flag: str) -> None:
+    """It is there, and may be written to."""
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise StartupError(f"{flag}: {folder} is no folder")
-        if not os.access(folder, access):
-            what = "written to" if access & os.W_OK else "read"
-            raise StartupError(f"{flag}: the folder {folder} may not be {what} by this user")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise StartupError(f"{flag}: the folder {folder} may not be written to by this user")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise StartupError(
@@ -57,7 +55,11 @@ def _check_folder(folder: Path, flag: str, access: int) -> None:
 def _check_adapters(settings: Settings) -> None:
     flag = "--adapter" if settings.merged is None else "--merged"
     names: set[str] = set()
-    roots = AdapterRoots(settings.adapter_dir)
+    try:
+        roots = AdapterRoots(settings.adapter_dir)
+        roots.check()
+    except ValueError as error:
+        raise StartupError(f"--adapter-dir: {error}") from None
     for adapter in settings.start_adapters:
         if adapter.name in names:
             raise StartupError(f"{flag}: {adapter.name} is given twice; give it once")
@@ -183,7 +185,7 @@ def _check_socket(path: Path, flag: str) -> None:
     """gRPC would take a socket's place from a server that listens there."""
     if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
         raise StartupError(f"{flag}: the path {path} is longer than a socket's may be ({_LONGEST_SOCKET_PATH} bytes)")
-    _check_folder(path.parent, flag, os.W_OK | os.X_OK)
+    _check_folder(path.parent, flag)
     try:
         found = path.lstat()
     except FileNotFoundError:

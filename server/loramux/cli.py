@@ -22,7 +22,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.text import Text
 
-from loramux import config
+from loramux import config, logs
 from loramux.errors import LoramuxError, StartupError
 from loramux.escaping import escape
 from loramux.terminal import Terminal, generated, sentence
@@ -73,8 +73,8 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        if os.environ.get(_LOG_LEVEL) == "debug":
-            logging.basicConfig(level=logging.DEBUG)  # does nothing where `serve` has set it up
+        if os.environ.get(_LOG_LEVEL) == "debug" and not logging.root.handlers:
+            logs.configure("debug")
         log.debug("unexpected", exc_info=True)
         hint = "" if log.isEnabledFor(logging.DEBUG) else f"; {_LOG_LEVEL}=debug shows where"
         _fail(f"unexpected {type(error).__name__}: {error}{hint}")
@@ -162,9 +162,7 @@ def serve(
     """
     from loramux.serve import run
 
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.configure(settings.log_level, settings.log_format)
     run(settings, errors, ports_file)
 
 
@@ -364,6 +362,8 @@ def adapters_load(
         f"{name} {verb} {adapter.uid or adapter.digest}: {adapter.sites} layers, rank ≤ {adapter.max_rank}, "
         f"{adapter.device_bytes / 2**20:.2f} MiB, read in {adapter.load_seconds * 1e3:.0f} ms"
     )
+    for warning in adapter.warnings:
+        _say(f"warning: {warning}")
 
 
 @adapters_app.command("unload")

@@ -185,6 +185,14 @@ class Settings:
     max_batch_rows: int = field(
         default=64, metadata=_is(integer("SEQUENCES", 1, 4096), "Most sequences that run at the same time.")
     )
+    step_target: float = field(
+        default=0.1,
+        metadata=_is(
+            seconds(0.0, 60.0),
+            "Seconds that a step should take while others decode: longer prompts are computed in smaller chunks, so "
+            "that streams do not halt. 0 sets no bound.",
+        ),
+    )
     max_queue: int = field(
         default=1024,
         metadata=_is(integer("REQUESTS", 1, 1 << 20), "Most requests that wait; beyond, RESOURCE_EXHAUSTED."),
@@ -195,6 +203,9 @@ class Settings:
     max_stop_strings: int = field(default=16, metadata=_is(integer("N", 0, 1024), "Most stop strings in one request."))
     max_top_logprobs: int = field(default=20, metadata=_is(integer("N", 0, 1024), "Most top_logprobs in one request."))
     max_mix: int = field(default=8, metadata=_is(integer("N", 1, 256), "Most adapters in one request's mix."))
+    max_chat_turns: int = field(
+        default=1024, metadata=_is(integer("TURNS", 1, 1 << 16), "Most turns in one request's conversation.")
+    )
     max_message_bytes: int = field(
         default=4 << 20,
         metadata=_is(
@@ -216,6 +227,10 @@ class Settings:
     log_level: str = field(
         default="info",
         metadata=_is(choice("debug", "info", "warning", "error"), "How much is logged. Prompts never are."),
+    )
+    log_format: str = field(
+        default="text",
+        metadata=_is(choice("text", "json"), "Log lines as text, or as one JSON object each."),
     )
 
     def __post_init__(self) -> None:

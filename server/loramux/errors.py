@@ -10,7 +10,8 @@
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
     ├── WrongScope            PERMISSION_DENIED    a token that is good for the other port only
     ├── Unauthenticated       UNAUTHENTICATED      no token, or a wrong one
-    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full, a client that never reads (RetryInfo detail)
+    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full (RetryInfo detail, if trying again may help)
+    ├── SlowReader            ABORTED              a client that does not read what it asked for
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    the request's deadline passed; its work has stopped
     ├── Cancelled             CANCELLED            the client or an operator cancelled the request
     ├── Draining              UNAVAILABLE          the server is shutting down (RetryInfo detail)
@@ -27,6 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import ClassVar
+
+_LONGEST_NAME = 128  # characters of a name that does not exist, in the sentence that says so
 
 
 class LoramuxError(Exception):
@@ -97,6 +100,7 @@ class AdapterNotFound(LoramuxError):
     reason = "ADAPTER_NOT_FOUND"
 
     def __init__(self, name: str) -> None:
+        name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
         super().__init__(
             f"adapter {name!r} is not loaded; `loramux adapters list` shows the names that are, "
             "and an empty adapter name asks for the base model",
@@ -141,7 +145,7 @@ class Unauthenticated(LoramuxError):
 
 
 class Overloaded(LoramuxError):
-    """Something bounded is full. `retry_after` is in seconds."""
+    """Something bounded is full. `retry_after` is in seconds; None: it stays full until somebody makes room."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
@@ -150,12 +154,19 @@ class Overloaded(LoramuxError):
         self,
         message: str,
         *,
-        retry_after: float = 1.0,
+        retry_after: float | None = 1.0,
         reason: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message, reason=reason, metadata=metadata)
         self.retry_after = retry_after
+
+
+class SlowReader(LoramuxError):
+    """The client does not read its stream. Sent again as it is, the request would end the same way."""
+
+    status = "ABORTED"
+    reason = "SLOW_READER"
 
 
 class DeadlineExceeded(LoramuxError):

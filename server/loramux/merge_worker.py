@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from loramux.errors import LoramuxError
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.ingredient import Ingredient
 from loramux.merge import merge
 from loramux.rpc import status
@@ -45,7 +46,10 @@ def main(hold: Callable[[int, int], None] = lambda done, total: None) -> None:
         hold(done, total)
 
     job = json.load(sys.stdin)
-    ingredients = [Ingredient(name, Path(folder), weight, digest) for name, folder, weight, digest in job["parts"]]
+    ingredients = [
+        Ingredient(name, AdapterFolder(Path(path), tuple(map(Path, roots))), weight, digest)
+        for name, path, roots, weight, digest in job["parts"]
+    ]
     try:
         report = merge(job["model"], ingredients, Path(job["out"]), dtype=job["dtype"], progress=progress)
     except LoramuxError as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
+from loramux import logs
 from loramux.checks import check, reserved_ports
 from loramux.config import Settings
 from loramux.errors import StartupError
@@ -55,6 +56,7 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
                 phases.begin("Importing torch")
                 from loramux.assembly import prepare_model
 
+                logs.configure(settings.log_level, settings.log_format)  # libraries have set up their own
                 loaded = prepare_model(settings, phases)
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except _Stopped:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loramux.answers import Adapter
 from loramux.merge_report import MergeReport
@@ -75,9 +76,13 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
             size(a.size_bytes) if a.size_bytes else "",
             str(a.leases),
             "yes" if a.pinned else "",
-            safe(a.error or ", ".join(a.target_modules)),
+            Text("\n").join(map(safe, [a.error] if a.error else _targets(a))),
         )
     return table
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    return [", ".join(adapter.target_modules), *(f"warning: {warning}" for warning in adapter.warnings)]
 
 
 def as_dict(adapter: Adapter) -> dict[str, Any]:

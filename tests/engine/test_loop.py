@@ -22,9 +22,12 @@ from loramux.errors import (
     InvalidRequest,
     LoramuxError,
     Overloaded,
+    SlowReader,
 )
 from loramux.model.inputs import ModelInputs
 from torch import Tensor
+
+from tests.patience import PATIENCE
 
 from .fakes import FakeAdapter, FakeModel, adapter, byte_tokenizer, expected, request
 
@@ -43,7 +46,7 @@ class GatedModel(FakeModel):
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         if not self.is_open:
-            assert self.permits.acquire(timeout=20)
+            assert self.permits.acquire(timeout=PATIENCE)
         return super().forward(inputs)
 
 
@@ -62,14 +65,12 @@ class Server:
         return caught.value
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        for _ in range(2000):
-            if condition():
-                return
-            await asyncio.sleep(0.005)
-        raise AssertionError("did not come true")
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await asyncio.sleep(0.005)
 
     async def assert_baseline(self, *requests: Request) -> None:
-        await self.until(lambda: self.engine.stats().kv_blocks_used == 0)
+        await self.until(lambda: self.engine.stats().kv_blocks_used == 0 and len(self.finished) >= len(requests))
         stats = self.engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert sorted(map(id, self.finished)) == sorted(map(id, requests)), "leases: once each"
@@ -158,7 +159,7 @@ async def test_reader_far_behind_loses_its_request_only() -> None:
             seen.append(await (starts[1] if not seen else anext(good_events)))
         assert isinstance(await anext(good_events), SequenceFinished)
         assert [t for e in seen if isinstance(e, Delta) for t in e.token_ids] == expected([2], count=30)
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(SlowReader) as caught:
             [event async for event in events]
         assert caught.value.reason == "SLOW_READER"
         await good_events.aclose()
@@ -240,7 +241,7 @@ async def test_deadline_wakes_an_idle_engine() -> None:
     async with serve(load_poll_seconds=60.0) as server:
         loop = asyncio.get_running_loop()
         r = request([1], FakeAdapter("slow", "slow-1"), deadline=loop.time() + 0.05)
-        assert isinstance(await asyncio.wait_for(server.failure(r), 5), DeadlineExceeded)
+        assert isinstance(await asyncio.wait_for(server.failure(r), PATIENCE), DeadlineExceeded)
         await server.assert_baseline(r)
 
 
@@ -254,7 +255,7 @@ async def test_finished_load_wakes_the_engine(announced: bool) -> None:
         slow.load()
         if announced:
             server.engine.wake()
-        assert await asyncio.wait_for(task, 5) == expected([1], r.adapters)
+        assert await asyncio.wait_for(task, PATIENCE) == expected([1], r.adapters)
 
 
 async def test_failed_load_is_raised_to_each_reader() -> None:
@@ -349,7 +350,7 @@ async def test_death_of_the_thread_fails_everything_at_once(monkeypatch: pytest.
         await asyncio.sleep(0)
         monkeypatch.setattr(server.engine._engine, "prepare", broken)
         server.model.open()
-        errors = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        errors = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
         assert {type(e) for e in errors} == {EngineFault}
         assert not server.engine.healthy
         after = request([3])

@@ -21,6 +21,7 @@ from loramux.errors import Cancelled, Draining, StartupError, Unreachable
 from loramux.rpc.server import Server
 from loramux.values import StartAdapter
 
+from tests.patience import PATIENCE
 from tests.rpc.stack import finished, running, two_words, write_adapter
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -56,10 +57,10 @@ async def test_an_engine_fault_flips_health(tmp_path: Path) -> None:
         assert (await anext(watch)).status == SERVING
         r.engine.healthy = False
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert (await anext(watch)).status == NOT_SERVING
         r.engine.healthy = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert (await anext(watch)).status == SERVING
 
 
@@ -168,7 +169,7 @@ async def test_a_reader_that_never_reads_does_not_hold_up_the_drain(tmp_path: Pa
         stream = r.client.stream("hello", adapter="a")
         await anext(stream)
         await asyncio.sleep(0.3)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await r.server.drain()
         await r.settle()
         with pytest.raises((Cancelled, Unreachable)):

@@ -47,6 +47,11 @@ class LoadedAdapter(Protocol):
     @property
     def site_count(self) -> int: ...
     @property
+    def warnings(self) -> Sequence[str]:
+        """Sentences about what can be served and is hardly meant."""
+        ...
+
+    @property
     def on_host(self) -> LoadedAdapter | None:
         """The same in the host's memory, to be kept when it is put out of the device; None if only files are left."""
         ...
@@ -117,6 +122,7 @@ class AdapterEntry:
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
     site_count: int = 0
+    warnings: tuple[str, ...] = ()
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
@@ -128,6 +134,7 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:

@@ -10,11 +10,11 @@ import logging
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
@@ -33,8 +33,8 @@ class Loader:
         self,
         registry: AdapterRegistry,
         roots: AdapterRoots,
-        read: Callable[[Path], LoadedAdapter],
-        measure: Callable[[Path], int],
+        read: Callable[[AdapterFolder], LoadedAdapter],
+        measure: Callable[[AdapterFolder], int],
         *,
         limits: ReadLimits,
         timeout: float,
@@ -71,7 +71,7 @@ class Loader:
         entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source), {}))
         return entry
 
-    async def folder(self, entry: AdapterEntry) -> Path:
+    async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """Where its files are, if they may be read: what is registered has not been resolved yet."""
         return await self._workers.run(self._job(), self._roots.resolve, entry.source)
 
@@ -200,9 +200,10 @@ class Loader:
             entry = AdapterEntry(name, "", str(folder), False, loaded.digest, State.UNLOADED)
             entry.nbytes, entry.max_rank = loaded.nbytes, loaded.max_rank
             entry.target_modules, entry.site_count = tuple(loaded.target_modules), loaded.site_count
+            entry.warnings = tuple(loaded.warnings)
             return entry, False
 
-    async def _read_within_budget(self, job: Job, owner: str, name: str, folder: Path) -> LoadedAdapter:
+    async def _read_within_budget(self, job: Job, owner: str, name: str, folder: AdapterFolder) -> LoadedAdapter:
         try:
             nbytes = await self._workers.run(job, self._measure, folder)
             self._registry.tiers.room(owner, nbytes, what=f"adapter {name!r}")
@@ -223,7 +224,7 @@ class Loader:
         self._registry.tiers.advance()
 
 
-def _name_taken(current: AdapterEntry, digest: str, folder: Path) -> AdapterExists:
+def _name_taken(current: AdapterEntry, digest: str, folder: AdapterFolder) -> AdapterExists:
     return AdapterExists(
         f"adapter {current.name!r} is loaded with other content ({current.digest} from {current.source}, not "
         f"{digest} from {folder}); ask with replace to put this in its place, or use another name",

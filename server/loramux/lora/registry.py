@@ -9,6 +9,7 @@ Life of an entry: LOADING (by an operator's word) or REGISTERED (found under a r
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, 
 from loramux.lora.entry import AdapterEntry, Lease, LoadedAdapter, State
 from loramux.lora.subscription import Subscription
 from loramux.lora.tiers import Tiers
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[AdapterEntry], None]
 
@@ -179,6 +182,10 @@ class AdapterRegistry:
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
         entry.mixable = loaded.mixable
+        if tuple(loaded.warnings) != entry.warnings:  # else it was read again, and they were told
+            entry.warnings = tuple(loaded.warnings)
+            for warning in entry.warnings:
+                log.warning("adapter %r is served, but %s", entry.name, warning)
         entry.loaded_at = self._clock()
         if entry.state is not State.DRAINING:
             entry.state = State.READY
