@@ -38,7 +38,7 @@ def progress() -> Progress:
 
 def emit(summary: Mapping[str, Any], file: Path | None = None) -> None:
     """Print the summary as the last and only line of stdout; write it to `file` too, if given."""
-    line = json.dumps(rounded(summary), ensure_ascii=False)
+    line = json.dumps(rounded(summary))
     if file is not None:
         file.write_text(line + "\n")
     print(line)
