@@ -235,7 +235,7 @@ class EngineFault(LoramuxError):
 
 
 class StartupError(LoramuxError):
-    """The server cannot start; the command line prints the sentence and exits with 2."""
+    """The server cannot start; the command line prints the sentence and exits with 1."""
 
     reason = "STARTUP"
 
