@@ -167,7 +167,7 @@ def test_pages_are_rendered_one_at_a_time() -> None:
 
 
 def test_a_defect_in_a_page_ends_one_answer_only(caplog: pytest.LogCaptureFixture) -> None:
-    pages = iter([KeyError("x"), PAGE])
+    pages: Iterator[bytes | Exception] = iter([KeyError("x"), PAGE])
 
     def render() -> bytes:
         page = next(pages)
