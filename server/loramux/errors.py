@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+_LONGEST_NAME = 128  # characters of a name that does not exist, in the sentence that says so
+
 
 class LoramuxError(Exception):
     """Base of all. `reason` is ErrorInfo.reason (UPPER_SNAKE_CASE), `metadata` is ErrorInfo.metadata."""
@@ -98,10 +100,13 @@ class AdapterNotFound(LoramuxError):
     status = "NOT_FOUND"
     reason = "ADAPTER_NOT_FOUND"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, hint: str = "", message: str = "") -> None:
+        """`hint`: what else is known, as a sentence; `message`: the whole text, where a server has written it."""
+        name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
         super().__init__(
-            f"adapter {name!r} is not loaded; `loramux adapters list` shows the names that are, "
-            "and an empty adapter name asks for the base model",
+            message
+            or f"adapter {name!r} is not loaded; {hint + '; ' if hint else ''}`loramux adapters list` shows the names "
+            "that are, and an empty adapter name asks for the base model",
             metadata={"adapter": name},
         )
         self.name = name
@@ -230,7 +235,7 @@ class EngineFault(LoramuxError):
 
 
 class StartupError(LoramuxError):
-    """The server cannot start; the command line prints the sentence and exits with 2."""
+    """The server cannot start; the command line prints the sentence and exits with 1."""
 
     reason = "STARTUP"
 

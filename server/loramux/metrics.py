@@ -291,7 +291,9 @@ class _Scrape(Collector):
         cache.add_metric((str(now.block_size), str(now.kv_blocks_total)), 1)
         yield cache
         yield GaugeMetricFamily("loramux_healthy", "1: serves; 0: the engine failed.", now.healthy)
-        yield CounterMetricFamily("loramux_engine_faults", "Steps that failed.", now.faults)
+        yield CounterMetricFamily(
+            "loramux_engine_faults", "Faults that ended a request, or all requests of a step.", now.faults
+        )
         yield CounterMetricFamily("loramux_steps", "Forward passes.", now.steps)
         parts = CounterMetricFamily("loramux_step_seconds", "Time in steps, by part.", labels=("part",))
         for part, seconds in now.step_seconds.items():

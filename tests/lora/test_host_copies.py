@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from loramux.errors import AdapterUnavailable
 from loramux.lora.entry import Lease, Residency, State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
@@ -44,7 +45,7 @@ class FakeDevice:
         self.placed: list[FakeAdapter] = []
         self.threads: set[str] = set()
 
-    def read(self, folder: Path) -> OnDevice:
+    def read(self, folder: AdapterFolder) -> OnDevice:
         return self._copied(self.reader(folder))
 
     def place(self, adapter: FakeAdapter) -> OnDevice:

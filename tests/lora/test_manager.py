@@ -26,6 +26,7 @@ from loramux.errors import (
     PathNotAllowed,
 )
 from loramux.lora.entry import State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import CONFIG_FILE, AdapterRoots
@@ -153,7 +154,7 @@ async def test_a_failed_load_frees_what_it_read_at_once(
 
     seen: list[weakref.ref[Bytes]] = []
 
-    def read(folder: Path) -> FakeAdapter:
+    def read(folder: AdapterFolder) -> FakeAdapter:
         data = Bytes(100)
         seen.append(weakref.ref(data))
         raise InvalidAdapter("x", "broken")
@@ -220,7 +221,8 @@ async def test_loads_that_run_side_by_side_cannot_overbook(manager: AdapterManag
 
 async def test_a_slow_load_holds_up_nobody_else(manager: AdapterManager, reader: FakeReader) -> None:
     """vLLM #31941, LoRAX: one slow load blocked the loop, or every other load."""
-    manager._loader._read = lambda folder: reader(folder) if folder.name == "a" else FakeReader(reader.root)(folder)
+    quick = FakeReader(reader.root)
+    manager._loader._read = lambda folder: (reader if folder.path.name == "a" else quick)(folder)
     reader.gate.clear()
     slow = asyncio.create_task(manager.load("a"))
     await until_loading(manager, "a")
@@ -490,7 +492,7 @@ async def test_loads_give_way_to_the_model(tmp_path: Path) -> None:
     seen: list[int] = []
 
     class Reader(FakeReader):
-        def __call__(self, folder: Path) -> FakeAdapter:
+        def __call__(self, folder: AdapterFolder) -> FakeAdapter:
             seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             return super().__call__(folder)
 

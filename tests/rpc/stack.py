@@ -23,6 +23,7 @@ from loramux.engine.request import Delta, Event, FinishReason, Request, Sequence
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats
 from loramux.errors import InvalidAdapter, InvalidRequest, LoramuxError
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
@@ -124,9 +125,9 @@ class Loaded(SimpleNamespace):
         return self
 
 
-def read_adapter(folder: Path) -> Any:
+def read_adapter(folder: AdapterFolder) -> Any:
     """What lora.peft_files would do, without tensors."""
-    content = (folder / WEIGHTS_FILE).read_bytes()
+    content = (folder.path / WEIGHTS_FILE).read_bytes()
     if content.startswith(b"bad"):
         raise InvalidAdapter("lora_A", "holds NaN")
     digest = folder_digest(folder, ReadLimits())
@@ -137,6 +138,7 @@ def read_adapter(folder: Path) -> Any:
         max_rank=8,
         target_modules=("q_proj",),
         site_count=2,
+        warnings=(),
         mixable=not content.startswith(b"dora"),
     )
 
@@ -199,7 +201,7 @@ async def running(
     host_budget: int = 0,
     scan_interval: float | None = None,
     server_type: type[Server] = Server,
-    read: Callable[[Path], Any] = read_adapter,
+    read: Callable[[AdapterFolder], Any] = read_adapter,
     tokens: ByteTokens | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loramux.engine.request import Delta, Event, Request
 from loramux.errors import Cancelled, Draining, StartupError, Unreachable
 from loramux.rpc import health as health_module
 from loramux.rpc.server import Server
+from loramux.rpc.watchers import Watchers
 from loramux.values import StartAdapter
 
 from tests.patience import PATIENCE
@@ -61,7 +63,7 @@ async def test_a_port_knows_the_health_of_what_it_serves(tmp_path: Path) -> None
 
 async def test_watchers_of_health_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anyone may watch, without a key, for as long as they like."""
-    monkeypatch.setattr(health_module, "MAX_WATCHERS", 3)
+    monkeypatch.setattr(health_module, "Watchers", partial(Watchers, 3))
     async with running(tmp_path, api_key="right-key") as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
         stub = health_stub(channel)
         watchers = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]

@@ -17,6 +17,7 @@ import pytest
 from loramux.errors import LoramuxError
 from loramux.lora import peft_files
 from loramux.lora.adapter import Adapter
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.snapshot import FolderSnapshot
 
 from tests.patience import PATIENCE
@@ -74,9 +75,9 @@ async def test_broken_loads_during_good_traffic(
     assert len(kinds) >= 25
     take_snapshot = peft_files.take_snapshot
 
-    def vanishing(folder: Path, *rest: object) -> FolderSnapshot:
-        if folder.name == VANISHES:  # it was there when it was measured
-            shutil.rmtree(folder)
+    def vanishing(folder: AdapterFolder, *rest: object) -> FolderSnapshot:
+        if folder.path.name == VANISHES:  # it was there when it was measured
+            shutil.rmtree(folder.path)
         return take_snapshot(folder, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(peft_files, "take_snapshot", vanishing)

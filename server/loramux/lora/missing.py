@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from itertools import islice
-from pathlib import Path
-
 from loramux.lora.file_type import conversion
+from loramux.lora.folder import OpenedFolder
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 
 _MOST_ENTRIES = 1000  # of a folder are looked at
@@ -18,19 +15,14 @@ _GATHER = (
 )
 
 
-def missing(folder: Path, name: str) -> str:
-    """The sentence about `folder`, which has no `name`."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in islice(entries, _MOST_ENTRIES))
-    except OSError:
-        names = []
-    return f"{folder} has no {name}; {_instead(folder, name, names)}"
+def missing(opened: OpenedFolder, name: str) -> str:
+    """The sentence about a folder that has no `name`."""
+    return f"{opened.folder} has no {name}; {_instead(opened, name, opened.names(_MOST_ENTRIES))}"
 
 
-def _instead(folder: Path, name: str, names: list[str]) -> str:
+def _instead(opened: OpenedFolder, name: str, names: list[str]) -> str:
     held = frozenset(names)
-    inner = [n for n in names if os.path.isfile(folder / n / CONFIG_FILE)][:_MOST_NAMED]
+    inner = [n for n in names if opened.holds(f"{n}/{CONFIG_FILE}")][:_MOST_NAMED]
     if inner:
         more = ", …" if len(inner) == _MOST_NAMED else ""
         return f"it is one level too high: name one of the adapters in it as the source ({', '.join(inner)}{more})"

@@ -22,10 +22,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from loramux.errors import EngineFault, InvalidRequest, LoramuxError
+from loramux.errors import EngineFault, InvalidRequest, LoramuxError, Overloaded
 from loramux.rpc import request_ids, status, wire
 
 log = logging.getLogger(__name__)
+
+_HELD_MESSAGES = 64  # of the largest size: so many bytes of messages may be worked on at once
 
 # In quotes, because gRPC's classes are generic for type checkers only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -65,6 +67,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     def __init__(self, max_message_bytes: int, bounds: wire.Bounds, on_error: OnError, on_refusal: OnRefusal) -> None:
         self._limit = max_message_bytes
         self._bounds = bounds
+        self._held_bytes = 0  # of the messages that are worked on
+        self._most_held_bytes = _HELD_MESSAGES * max_message_bytes
         self._on_error = on_error
         self._on_refusal = on_refusal
 
@@ -78,7 +82,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         deserialize = self._deserializer(handler.request_deserializer)
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
-                self._guarded(method, handler.unary_unary), deserialize, handler.response_serializer
+                self._guarded(method, handler.unary_unary), deserialize, _serializer(handler.response_serializer)
             )
         return grpc.unary_stream_rpc_method_handler(
             self._guarded(method, handler.unary_stream), deserialize, handler.response_serializer
@@ -118,17 +122,32 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _guarded(self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:
             request_id = request_ids.begin(request, context.invocation_metadata())
-            if isinstance(request, Malformed):
-                self._on_refusal(method, request_id, request.error)
-                await abort(context, request.error, request_id)
+            nbytes = 0 if isinstance(request, Malformed) else request.ByteSize()
+            refusal = request.error if isinstance(request, Malformed) else self._without_room(nbytes)
+            if refusal is not None:
+                self._on_refusal(method, request_id, refusal)
+                await abort(context, refusal, request_id)
+            self._held_bytes += nbytes
             try:
                 return await behavior(request, context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
                 await self._end(method, request_id, error, context)
+            finally:
+                self._held_bytes -= nbytes
 
         return call
+
+    def _without_room(self, nbytes: int) -> Overloaded | None:
+        """The refusal of a message, if those that are worked on, each of which stays in memory, have too many bytes."""
+        if self._held_bytes + nbytes <= self._most_held_bytes:
+            return None
+        return Overloaded(
+            f"requests of {self._held_bytes} bytes are worked on already; try again",
+            reason="QUEUE_FULL",
+            metadata={"limit": self._most_held_bytes, "given": nbytes},
+        )
 
     async def _end(self, method: str, request_id: str, error: Exception, context: Context) -> NoReturn:
         if not isinstance(error, LoramuxError):
@@ -136,3 +155,8 @@ class Boundary(grpc.aio.ServerInterceptor):
             error = EngineFault(status.OPAQUE)
         self._on_error(error)
         await abort(context, error, request_id)
+
+
+def _serializer(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """Answers that come as bytes are serialized already."""
+    return lambda answer: answer if isinstance(answer, bytes) or serialize is None else serialize(answer)

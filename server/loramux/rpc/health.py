@@ -1,7 +1,7 @@
 """The standard health service, one for each port, over one switch for the whole server.
 
 A watcher is written to outside of any lock: one that does not read holds up nobody, least of all the drain. Anyone may
-watch, without a key; so watchers are counted, and beyond MAX_WATCHERS a port takes no more.
+watch, without a key; so the watchers of a port are bounded.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loramux.errors import Overloaded, UnknownService
+from loramux.errors import UnknownService
 from loramux.rpc.boundary import Context
-
-MAX_WATCHERS = 1024  # of one port
+from loramux.rpc.watchers import Watchers
 
 Status = health_pb2.HealthCheckResponse
 
@@ -59,7 +58,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def __init__(self, health: Health, service: str) -> None:
         self._health = health
         self._services = ("", service)
-        self._watchers = 0
+        self._watchers = Watchers()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Status:
         if request.service not in self._services:
@@ -67,17 +66,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         return Status(status=self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        if self._watchers >= MAX_WATCHERS:
-            raise Overloaded(
-                f"{MAX_WATCHERS} watch this port's health already; use Check, or watch later",
-                reason="TOO_MANY_WATCHERS",
-                metadata={"limit": MAX_WATCHERS},
-            )
-        self._watchers += 1
-        try:
+        with self._watchers.one():
             await self._watch(request.service, context)
-        finally:
-            self._watchers -= 1
 
     async def _watch(self, service: str, context: Context) -> None:
         last = None

@@ -14,6 +14,8 @@ from loramux.rpc.auth import BearerAuth
 from loramux.rpc.boundary import Boundary, OnError, OnRefusal, hard_cap
 from loramux.rpc.wire import Bounds
 
+_OTHER_STREAMS = 256  # of one connection: probes, watches, questions
+
 
 def make_server(
     settings: Settings,
@@ -30,6 +32,8 @@ def make_server(
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", hard_cap(settings.max_message_bytes)),
         ("grpc.max_send_message_length", -1),
+        # As many as could be queued and running, and then some: beyond, a connection's calls wait in its client.
+        ("grpc.max_concurrent_streams", settings.max_queue + settings.max_batch_rows + _OTHER_STREAMS),
         ("grpc.so_reuseport", 0),  # else a second server takes the same port in silence and half of the calls
         ("grpc.keepalive_time_ms", 60_000),  # finds clients whose machine is gone
         ("grpc.keepalive_timeout_ms", 20_000),

@@ -139,7 +139,7 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
             violation = found["BadRequest"].field_violations[0]
             return errors.InvalidRequest(violation.field, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.NOT_FOUND if "ResourceInfo" in found:
-            not_found = errors.AdapterNotFound(found["ResourceInfo"].resource_name)
+            not_found = errors.AdapterNotFound(found["ResourceInfo"].resource_name, message=message)
             not_found.metadata |= metadata
             return not_found
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
