@@ -23,7 +23,7 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_KEY = 192  # characters; module paths of real models stay below 128
 _MAX_DIMS = 8  # numbers of 48 bits each: their product stays cheap
 _MAX_ENTRY = 1024  # characters of the JSON that describes one tensor
-_MAX_METADATA = 1 << 20  # characters of __metadata__
+_MAX_METADATA = 1 << 18  # characters of __metadata__
 _SPACE = re.compile(r"[ \t\n\r]*")
 START_BYTES = SIGNATURE_BYTES  # of the file are what header_length wants to see
 
