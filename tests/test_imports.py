@@ -18,11 +18,23 @@ ROOMS = {
     "http": {"http", "engine", "lora"},
     "rpc": {"rpc", "http", "engine", "lora"},
 }
-EVERYONE = {"errors", "config", "values", "metrics", "v1", "merge_report", "escaping", "__init__", "__version__"}
+EVERYONE = {
+    "errors",
+    "escaping",
+    "logs",
+    "config",
+    "values",
+    "metrics",
+    "v1",
+    "merge_report",
+    "__init__",
+    "__version__",
+}
 TORCH_FREE = [
     "loramux.client",
     "loramux.config",
     "loramux.errors",
+    "loramux.logs",
     "loramux.metrics",
     "loramux.cli",
     "loramux.engine.request",

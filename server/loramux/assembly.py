@@ -15,6 +15,7 @@ from loramux.engine.request import Request
 from loramux.engine.settings import EngineSettings
 from loramux.errors import LoramuxError, StartupError
 from loramux.lora.adapter import Adapter
+from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.entry import LoadedAdapter
 from loramux.lora.folder import AdapterFolder
@@ -27,7 +28,7 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
-from loramux.model.embedded import cache_root
+from loramux.model.embedded import EMBEDDED, cache_root
 from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, Progress, load_model
 from loramux.model.tokenizer import IdsOnly
@@ -120,6 +121,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         EngineSettings(
             max_batch_rows=settings.max_batch_rows,
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_batch_rows),
+            step_target=settings.step_target,
             max_queue=settings.max_queue,
             max_n=settings.max_n,
             max_stop_strings=settings.max_stop_strings,
@@ -130,6 +132,12 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         on_finish=give_back,
     )
     limits = ReadLimits()
+    embedded = EMBEDDED.get(settings.model)
+    base = Base(
+        settings.model if embedded is None else embedded.hub_id,
+        None if loaded.tokenizer is None else loaded.tokenizer.chat_template,
+        model.dense_weights(),
+    )
     read = _leaking if os.environ.get(LEAK_VARIABLE) == "adapters" else _plain
 
     # Where the device has its own memory, what is put out of it comes back from a copy that was never given up.
@@ -139,7 +147,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         if isinstance(loaded.merged, Delta):
             ((merged, _),) = loaded.merged.terms
             return AdapterInBase.of(merged, len(model.sites), model.dtype)
-        files = read_adapter(folder, model.sites, limits=limits)
+        files = read_adapter(folder, model.sites, limits=limits, base=base)
         return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize, keep=keep))
 
     def place(adapter: Adapter) -> Adapter:

@@ -342,6 +342,8 @@ def adapters_load(
         f"{adapter.device_bytes / 2**20:.2f} MiB, read in {adapter.load_seconds * 1e3:.0f} ms",
         highlight=False,
     )
+    for warning in adapter.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
 
 
 @adapters_app.command("unload")

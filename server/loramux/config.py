@@ -179,6 +179,14 @@ class Settings:
     max_batch_rows: int = field(
         default=64, metadata=_is(integer("SEQUENCES", 1, 4096), "Most sequences that run at the same time.")
     )
+    step_target: float = field(
+        default=0.1,
+        metadata=_is(
+            seconds(0.0, 60.0),
+            "Seconds that a step should take while others decode: longer prompts are computed in smaller chunks, so "
+            "that streams do not halt. 0 sets no bound.",
+        ),
+    )
     max_queue: int = field(
         default=1024,
         metadata=_is(integer("REQUESTS", 1, 1 << 20), "Most requests that wait; beyond, RESOURCE_EXHAUSTED."),

@@ -29,6 +29,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+_LONGEST_NAME = 128  # characters of a name that does not exist, in the sentence that says so
+
 
 class LoramuxError(Exception):
     """Base of all. `reason` is ErrorInfo.reason (UPPER_SNAKE_CASE), `metadata` is ErrorInfo.metadata."""
@@ -99,6 +101,7 @@ class AdapterNotFound(LoramuxError):
 
     def __init__(self, name: str, *, hint: str = "", message: str = "") -> None:
         """`hint`: what else is known, as a sentence; `message`: the whole text, where a server has written it."""
+        name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
         super().__init__(
             message
             or f"adapter {name!r} is not loaded; {hint + '; ' if hint else ''}`loramux adapters list` shows the names "

@@ -131,7 +131,7 @@ def _fields(record: logging.LogRecord) -> Mapping[str, object]:
 def _text_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
-    text = str(value)
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     if _PLAIN.fullmatch(text):
         return text
     return escape(json.dumps(text[:_MOST_CHARACTERS], ensure_ascii=False))

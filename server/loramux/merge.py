@@ -34,7 +34,7 @@ from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
 from loramux.model.surgery import place_sites
 from loramux.model.tensor_file import TensorFile
-from loramux.model.weights import WeightReader, buffers, parameters, rounded
+from loramux.model.weights import WeightReader, buffers, parameters, rounded, untie
 from loramux.new_folder import check_new, new_folder
 from loramux.ops.site import Site
 
@@ -83,7 +83,9 @@ def merge(
     created = [m.site for m in linears if not m.has_bias and delta.bias(m.site) is not None]
     if created:
         skeleton, linears = _with_biases(opened.config, target, created)
-    job = _Merge(WeightReader(opened, skeleton.base_model_prefix), delta, target)
+    reader = WeightReader(opened, skeleton)
+    untie(skeleton, reader)
+    job = _Merge(reader, delta, target)
     items = list(job.items(skeleton, linears))
     with new_folder(out) as scratch:
         written = _write(items, scratch, target, progress)

@@ -74,7 +74,7 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
             size(a.size_bytes) if a.size_bytes else "",
             str(a.leases),
             "yes" if a.pinned else "",
-            a.error or ", ".join(a.target_modules),
+            a.error or "\n".join([", ".join(a.target_modules), *(f"warning: {w}" for w in a.warnings)]),
         )
     return table
 

@@ -70,7 +70,7 @@ class Server:
                 await asyncio.sleep(0.005)
 
     async def assert_baseline(self, *requests: Request) -> None:
-        await self.until(lambda: self.engine.stats().kv_blocks_used == 0)
+        await self.until(lambda: self.engine.stats().kv_blocks_used == 0 and len(self.finished) >= len(requests))
         stats = self.engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert sorted(map(id, self.finished)) == sorted(map(id, requests)), "leases: once each"

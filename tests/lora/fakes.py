@@ -24,6 +24,7 @@ class FakeAdapter:
     max_rank: int = 8
     target_modules: tuple[str, ...] = ("q_proj",)
     site_count: int = 1
+    warnings: tuple[str, ...] = ()
     mixable: bool = True
 
     @property

@@ -242,7 +242,9 @@ def rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torc
 @pytest.mark.parametrize("seed", range(30))
 def test_attention(native: NativeBackend, seed: int) -> None:
     choose, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    kv_heads, group, dim = choose.choice([(1, 4, 16), (2, 3, 64), (3, 1, 32), (2, 20, 128), (3, 3, 64), (1, 8, 80)])
+    kv_heads, group, dim = choose.choice(
+        [(1, 4, 16), (2, 3, 64), (3, 1, 32), (2, 20, 128), (3, 3, 64), (1, 8, 80), (1, 1, 64), (1, 4, 256), (1, 33, 16)]
+    )
     block, blocks = choose.choice([(4, 120), (16, 40), (32, 20)])
     sinks = torch.randn(kv_heads * group, generator=g) if choose.random() < 0.3 else None
     shape = AttentionShape(dim**-0.5, choose.choice([None, 3, 20, 50]), choose.choice([None, 2.0]), sinks)
@@ -304,6 +306,66 @@ def test_attention(native: NativeBackend, seed: int) -> None:
     else:
         again = native.attention(q[one], k[one], v[one], cache, alone, shape)
     assert torch.equal(again[0], got[row]), "a row alone, decoded from the cache, differs from the same row in a chunk"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_dimension_of_size_one_may_have_any_stride(native: NativeBackend, rows: int) -> None:
+    """One key/value head, one row: torch calls such a tensor contiguous whatever that dimension's stride is."""
+    g = torch.Generator().manual_seed(rows)
+    dim, heads, block = 32, 3, 4
+
+    def odd(t: torch.Tensor) -> torch.Tensor:
+        """The same values; every dimension of size 1 steps over what the tensor does not have."""
+        return t.as_strided(t.shape, [1000 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)])
+
+    q, k, v = (torch.randn(rows, h, dim, generator=g).to(BF16) for h in (heads, 1, 1))
+    cosines, sines = (torch.randn(rows, dim, generator=g).to(BF16) for _ in range(2))
+    batch = PagedBatch(
+        torch.arange(rows),
+        torch.tensor([0, rows], dtype=torch.int32),
+        torch.tensor([rows], dtype=torch.int32),
+        odd(torch.arange(2, dtype=torch.int32)[None]),
+        (0, rows),
+        (rows,),
+    )
+    shape = AttentionShape(dim**-0.5)
+    caches = [LayerCache.allocate(2, block, 1, dim, dim, BF16, torch.device("cpu")) for _ in range(4)]
+    expected = REFERENCE.attention(q, k, v, caches[0], batch, shape)
+    got = native.attention(odd(q), odd(k), odd(v), caches[1], batch, shape)
+    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+    turned = native.rotary_attention(q, k, v, cosines, sines, caches[2], batch, shape)
+    again = native.rotary_attention(odd(q), odd(k), odd(v), odd(cosines), odd(sines), caches[3], batch, shape)
+    assert torch.equal(again, turned)
+    x, weight = torch.randn(rows, dim, generator=g).to(BF16), torch.randn(dim, generator=g).to(BF16)
+    for got, expected in zip(native.norm(odd(x), odd(x), weight, 1e-5), native.norm(x, x, weight, 1e-5), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(native.gate(odd(x)), native.gate(x))
+    part = LinearPart(NF4Weight.quantize(torch.randn(16, 64, generator=g)))
+    y = torch.randn(rows, 64, generator=g).to(BF16)
+    linear = native.prepare([part], [0])
+    assert torch.equal(run(linear, native, odd(y), []), run(linear, native, y, []))
+
+
+def test_rows_of_a_wider_tensor_are_read_where_they_are(native: NativeBackend) -> None:
+    """One head out of a fused q/k/v row: what norms are given then is a view with gaps between its rows."""
+    wide, weight = torch.randn(5, 96).to(BF16), torch.randn(32).to(BF16)
+    for gaps in (wide[:, 32:64], wide[:, 64:]):
+        assert torch.equal(native.norm(gaps, None, weight, 1e-5)[1], native.norm(gaps.clone(), None, weight, 1e-5)[1])
+        assert torch.equal(native.norm(gaps, gaps, weight, 1e-5)[1], native.norm(gaps + gaps, None, weight, 1e-5)[1])
+        assert torch.equal(native.gate(gaps), native.gate(gaps.clone()))
+
+
+@pytest.mark.parametrize("dim", [512, 520, 1100])
+def test_the_widest_heads(native: NativeBackend, dim: int) -> None:
+    """Up to 512 natively; beyond that on the torch path."""
+    g = torch.Generator().manual_seed(dim)
+    q, k, v = (torch.randn(3, h, dim, generator=g).to(BF16) for h in (2, 1, 1))
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    batch = PagedBatch(torch.arange(3), starts, starts[1:], torch.tensor([[0]], dtype=torch.int32), (0, 3), (3,))
+    caches = [LayerCache.allocate(1, 4, 1, dim, dim, BF16, torch.device("cpu")) for _ in range(2)]
+    shape = AttentionShape(dim**-0.5)
+    expected = REFERENCE.attention(q, k, v, caches[0], batch, shape)
+    torch.testing.assert_close(native.attention(q, k, v, caches[1], batch, shape), expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 576), (16, 576), (300, 576), (7, 100)])

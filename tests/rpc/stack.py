@@ -138,6 +138,7 @@ def read_adapter(folder: AdapterFolder) -> Any:
         max_rank=8,
         target_modules=("q_proj",),
         site_count=2,
+        warnings=(),
         mixable=not content.startswith(b"dora"),
     )
 

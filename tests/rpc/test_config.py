@@ -62,6 +62,7 @@ def test_every_kind_of_value() -> None:
         ({"adapter_memory": "lots"}, "--adapter-memory: 'lots' is not allowed; give a size such as 512MiB"),
         ({"adapter_memory": "0"}, "--adapter-memory: '0' is not allowed"),
         ({"kv_memory": "200%"}, "--kv-memory: '200%' is not allowed; give a size such as 2GiB, or a share"),
+        ({"step_target": -0.1}, "--step-target: -0.1 is not allowed; give a number of seconds from 0 to 60"),
         ({"send_timeout": "nan"}, "--send-timeout: 'nan' is not allowed; give a number of seconds"),
         ({"adapter": ["../x"]}, "--adapter: ['../x'] is not allowed; give NAME or NAME=FOLDER"),
         ({"model": " "}, "--model: ' ' is not allowed; give a text that is not empty"),

@@ -139,16 +139,11 @@ def test_a_scrape_is_not_felt() -> None:
 
 
 def finish(metrics: Metrics, adapter: str) -> None:
-    metrics.finished(
-        adapters=(adapter,),
-        reason="stop",
-        prompt_tokens=1,
-        generated_tokens=2,
-        first_token_seconds=0.1,
-        total_seconds=0.2,
-        queue_seconds=0.0,
-        adapter_seconds=0.0,
-    )
+    metrics.prompt_computed(1, 0.1)
+    metrics.delivered(2, (adapter,))
+    metrics.ended("OK", "stop", (adapter,))
+    metrics.left_the_engine("stop")
+    metrics.answered(total_seconds=0.2, queue_seconds=0.0, adapter_seconds=0.0)
 
 
 def test_adapter_labels_are_capped_and_given_back() -> None:
@@ -163,6 +158,38 @@ def test_adapter_labels_are_capped_and_given_back() -> None:
     finish(metrics, "new")
     assert sample("loramux_adapter_requests_total", {"adapter": "new"}) == 1
     metrics.forget_adapter("never seen")
+
+
+def test_an_adapter_that_is_gone_gets_no_label_again() -> None:
+    """The last event of a request came after its adapter was forgotten: the label was there again, for good."""
+    metrics, there = Metrics("m"), {"a"}
+    metrics.set_known(there.__contains__)
+    metrics.delivered(2, ("a",))
+    there.clear()
+    metrics.forget_adapter("a")
+    metrics.delivered(3, ("a",))
+    metrics.ended("OK", "stop", ("a",))
+    sample = metrics.registry.get_sample_value
+    assert sample("loramux_adapter_generated_tokens_total", {"adapter": "a"}) is None
+    assert sample("loramux_adapter_generated_tokens_total", {"adapter": OTHER_ADAPTERS}) == 3
+    assert sample("loramux_adapter_requests_total", {"adapter": OTHER_ADAPTERS}) == 1
+
+
+async def test_names_that_callers_invent_become_no_series(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",)) as r:
+        await r.client.generate("hello", adapter="a", max_new_tokens=1)
+
+        def names() -> set[str]:
+            return {f"{s.name}{s.labels}" for family in r.server.metrics.registry.collect() for s in family.samples}
+
+        with pytest.raises(AdapterNotFound):
+            await r.client.generate("hello", adapter="invented")
+        before = names()
+        for i in range(20):
+            with pytest.raises(AdapterNotFound):
+                await r.client.generate("hello", adapter=f"invented-{i}", request_id=f"id-{i}")
+        assert names() == before
+        assert not any("invented" in name for name in before)
 
 
 def test_a_taken_port_says_so() -> None:

@@ -66,8 +66,8 @@ def check_request(
 
 
 def check_mix(adapters: Sequence[AdapterUse]) -> None:
-    """Raise InvalidRequest for a weight that is out of range, or for an adapter that is mixed and cannot be, as far as
-    that is known: of those that load it is not.
+    """Raise InvalidRequest for a weight out of range, or an adapter that is mixed and cannot be, as far as it is
+    known: of those that load it is not.
 
     So it is asked again once they have loaded.
     """

@@ -146,6 +146,7 @@ def make_group(
         unfinished=p.n,
         loading=is_loading(uses),
     )
+    scanner = StopScanner(p.stop, detokenizer.split)
     group.sequences = [
         Sequence(
             group=group,
@@ -153,7 +154,7 @@ def make_group(
             tokens=array("q", request.prompt_ids),
             end=min(len(request.prompt_ids) + p.max_new_tokens, max_context),
             text=detokenizer.open(),
-            scanner=StopScanner(p.stop),
+            scanner=scanner.fork(),
         )
         for i in range(p.n)
     ]

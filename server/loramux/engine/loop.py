@@ -197,7 +197,7 @@ class AsyncEngine:
         try:
             self._on_finish(request)
         except Exception:  # a defect of the owner; the other requests of this delivery must not lose their events
-            log.exception("giving back the lease of request %r failed", request.request_id)
+            log.exception("giving back the lease of request %r failed", request.shown_id)
 
     def _fail_all(self, error: Callable[[], LoramuxError]) -> None:
         """The engine's thread is gone: end what it left behind."""
@@ -234,7 +234,7 @@ class AsyncEngine:
         try:
             self._engine.submit(request, sink)
         except Exception:
-            log.exception("request %r could not be queued", request.request_id)
+            log.exception("request %r could not be queued", request.shown_id)
             self._engine_has_finished(request)
             sink(RequestFailed(EngineFault(FAULT_TEXT)))
 

@@ -47,6 +47,11 @@ class LoadedAdapter(Protocol):
     @property
     def site_count(self) -> int: ...
     @property
+    def warnings(self) -> Sequence[str]:
+        """Sentences about what can be served and is hardly meant."""
+        ...
+
+    @property
     def on_host(self) -> LoadedAdapter | None:
         """The same in the host's memory, to be kept when it is put out of the device; None if only files are left."""
         ...
@@ -104,7 +109,7 @@ class AdapterEntry:
     managed         found under a root, where it is looked after; others come and go by an operator's word
     irreplaceable   what is in memory cannot be read again: its files have changed
     read_as         what its files looked like (lora.scan) when they were read, or were to be
-    warnings        what an operator should know of it, in sentences
+    warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
     """
 
     name: str
@@ -120,6 +125,7 @@ class AdapterEntry:
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
     site_count: int = 0
+    warnings: tuple[str, ...] = ()
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
@@ -133,7 +139,7 @@ class AdapterEntry:
     managed: bool = False
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
-    warnings: tuple[str, ...] = ()
+    notice: str = ""
 
     @property
     def loading(self) -> bool:

@@ -43,9 +43,10 @@ def conversion(source: str) -> str:
     It opens no code (weights_only), copies what shares memory, and makes contiguous what is not: safetensors refuses
     both.
     """
+    opened = f"open('{source}', 'rb')" if source == WEIGHTS_FILE else f"'{source}'"  # torch goes by the ending
     return (
         f'python -c "import torch, safetensors.torch; safetensors.torch.save_file({{k: '
-        f"v.detach().clone(memory_format=torch.contiguous_format) for k, v in torch.load(open('{source}', 'rb'), "
+        f"v.detach().clone(memory_format=torch.contiguous_format) for k, v in torch.load({opened}, "
         f"map_location='cpu', weights_only=True).items()}}, '{WEIGHTS_FILE}')\""
     )
 

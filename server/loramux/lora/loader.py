@@ -249,6 +249,7 @@ class Loader:
             entry = AdapterEntry(name, "", str(folder), False, loaded.digest, State.UNLOADED)
             entry.nbytes, entry.max_rank = loaded.nbytes, loaded.max_rank
             entry.target_modules, entry.site_count = tuple(loaded.target_modules), loaded.site_count
+            entry.warnings = tuple(loaded.warnings)
             return entry, False
 
     async def _read_within_budget(self, job: Job, owner: str, name: str, folder: AdapterFolder) -> LoadedAdapter:

@@ -76,7 +76,7 @@ def folder_digest(folder: AdapterFolder | Path, limits: ReadLimits) -> str:
 def measure(folder: AdapterFolder | Path, item_bytes: int, limits: ReadLimits) -> int:
     """Bytes that the adapter will take on a device of `item_bytes` a number; reads the config and the header.
 
-    Exact for every adapter that can be loaded: each of its tensors is used once and laid out as lora.layout says.
+    Exact for every adapter that can be loaded: each of its factors is used once and laid out as lora.layout says.
     Raises InvalidAdapter: as take_snapshot does, and for a config or a tensor that is not served.
     """
     with _opened(folder, limits) as (config_file, file):
@@ -89,8 +89,11 @@ def measure(folder: AdapterFolder | Path, item_bytes: int, limits: ReadLimits) -
 
 
 def _bytes_on_device(entry: TensorEntry, config: PeftConfig, item_bytes: int) -> int:
-    """DoRA's magnitude becomes a float32 scale; QA-LoRA's A is expanded."""
-    part = parse_key(entry.key).part
+    """DoRA's magnitude becomes a float32 scale; QA-LoRA's A is expanded; a tensor of the base is compared only."""
+    parsed = parse_key(entry.key)
+    if parsed.of_base:
+        return 0
+    part = parsed.part
     pooling = config.pooling if part == "A" else 1
     return aligned(math.prod(entry.shape) * pooling * (SCALE_BYTES if part == "magnitude" else item_bytes))
 

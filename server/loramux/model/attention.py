@@ -41,6 +41,9 @@ def paged_attention(
         raise FlatAttentionError("its attention builds a mask of its own")
     if kwargs.get("position_bias") is not None or kwargs.get("alibi") is not None:
         raise FlatAttentionError("its attention adds a bias to the scores")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads:
+        raise FlatAttentionError(f"its {heads} attention heads cannot share {kv_heads} key/value heads evenly")
     layer = module.layer_idx
     assert isinstance(layer, int)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource
 from loramux.model.surgery import place_sites
-from loramux.model.weights import WeightReader, buffers, parameters
+from loramux.model.weights import WeightReader, buffers, parameters, untie
 
 SHARD_BYTES = 2 << 30
 
@@ -29,8 +29,9 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
     """
     skeleton = build_skeleton(source.config, dtype, "eager")
     linears = place_sites(skeleton)
+    reader = WeightReader(source, skeleton)
+    untie(skeleton, reader)
     dense = parameters(skeleton)
-    reader = WeightReader(source, skeleton.base_model_prefix)
     shards = _Shards(out)
     shards.add({name: reader.dense(name).to(buffer.dtype) for name, buffer in buffers(skeleton, reader)})
     total = len(linears) + len(dense)
@@ -47,6 +48,7 @@ def write_checkpoint(source: TensorSource, out: Path, dtype: torch.dtype = torch
         shards.add({names[0]: reader.dense(key).to(dtype)})
         yield done, total
     shards.close()
+    reader.tell_unused()
     quantization = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

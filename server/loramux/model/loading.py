@@ -14,14 +14,15 @@ from loramux.errors import StartupError, UnsupportedModel
 from loramux.model.attention import NAME as ATTENTION
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.fused import fuse
-from loramux.model.selftest import BLOCK, prove_flat
+from loramux.model.refusal import refuse_by_name
+from loramux.model.selftest import BLOCK, driven_flat, prove_flat
 from loramux.model.shortcut import Shortcut
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
 from loramux.model.surgery import connect, place_sites
 from loramux.model.tokenizer import Tokenizer
-from loramux.model.weights import SiteChange, WeightReader, buffers, fill, parameters
+from loramux.model.weights import SiteChange, WeightReader, buffers, fill, parameters, untie
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache
 from loramux.ops.select import select_backend
@@ -44,6 +45,7 @@ class LoadedModel:
     merged: SiteChange | None = None
 
 
+@refuse_by_name
 def load_model(
     source: str | TensorSource,
     *,
@@ -78,8 +80,9 @@ def load_model(
             f"--batch-invariant: {operations.name} on {place.type} in {dtype} sums in an order that depends on the "
             "batch; serve in bf16 or fp16 on a GPU with Triton, or in bf16 on a CPU with the native operations"
         )
+    reader = WeightReader(opened, skeleton)
+    untie(skeleton, reader)
     total = len(linears) + len(parameters(skeleton))
-    reader = WeightReader(opened, skeleton.base_model_prefix)
     change = None if merging is None else merging([linear.site for linear in linears])
     done = 0
     try:
@@ -96,6 +99,7 @@ def load_model(
         # Only until the KV cache proper is allocated: room for the self-test's first pass.
         return LayerCache.allocate(8, BLOCK, heads, key_dim, value_dim, compute, place)
 
+    reader.tell_unused()
     step = Step(operations, make_cache)
     connect(skeleton, linears, step)
     model = CausalLM(
@@ -108,9 +112,10 @@ def load_model(
         compute,
         _context(opened, max_context),
     )
-    fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
-    model.shortcut = Shortcut.find(skeleton, model.max_context)
-    prove_flat(model)
+    with driven_flat(model):
+        fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
+        model.shortcut = Shortcut.find(skeleton, model.max_context)
+        prove_flat(model)
     tokenizer = None if opened.tokenizer is None else Tokenizer(opened.tokenizer)
     return LoadedModel(model, tokenizer, opened.place, change)
 
@@ -124,7 +129,8 @@ def dequantized_model(
     dense = build_skeleton(opened.config, dtype, attention)
     # Sites are placed in a second skeleton only to learn which layers are quantized and how.
     linears = place_sites(build_skeleton(opened.config, dtype, "eager"))
-    reader = WeightReader(opened, dense.base_model_prefix)
+    reader = WeightReader(opened, dense)
+    untie(dense, reader)
     state: dict[str, torch.Tensor] = {}
     for linear in linears:
         site = linear.site

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from loramux.errors import UnsupportedModel
+from loramux.model.refusal import refusing
 
 
 @contextmanager
@@ -50,19 +51,18 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        with meta_parameters():
+        with refusing(f"{name}: transformers cannot build this model"), meta_parameters():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except KeyError as error:
-        if error.args != (attention,):
-            raise UnsupportedModel(f"{name}: transformers cannot build this model: {error}") from error
-        raise UnsupportedModel(
-            f"{name}: its modeling code picks attention from a list of its own and ignores transformers' "
-            "AttentionInterface, so its attention cannot be paged"
-        ) from error
-    except (ValueError, ImportError, TypeError) as error:
-        raise UnsupportedModel(f"{name}: transformers cannot build this model: {error}") from error
+    except UnsupportedModel as error:
+        cause = error.__cause__
+        if isinstance(cause, KeyError) and cause.args == (attention,):
+            raise UnsupportedModel(
+                f"{name}: its modeling code picks attention from a list of its own and ignores transformers' "
+                "AttentionInterface, so its attention cannot be paged"
+            ) from cause
+        raise
     skeleton: PreTrainedModel = model.eval()
     return skeleton
 

@@ -31,6 +31,8 @@ from transformers.utils import logging as transformers_logging
 from loramux.errors import StartupError
 from loramux.merge_report import MERGE_REPORT
 from loramux.model.embedded import EMBEDDED, ensure_embedded
+from loramux.model.refusal import refusing
+from loramux.model.towers import language_config
 
 # With 0 transformers refuses where it would ask on the terminal whether to run a folder's code: also where its own
 # modeling code looks up a part of a model, and no argument of ours arrives.
@@ -46,6 +48,7 @@ class TensorSource(ABC):
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     tokenizer: object | None
+    towers: bool = False  # whether the checkpoint has other towers beside the language model that `config` describes
     merged: bool = False  # written by a merge: its linear layers stay dense, since NF4 would erase the delta
 
     @abstractmethod
@@ -69,12 +72,12 @@ class FolderSource(TensorSource):
         self.place = place or name
         if not (folder / "config.json").is_file():
             raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
-        try:
-            self.config = AutoConfig.from_pretrained(folder, **_NO_CODE)
-        except Exception as error:  # a file may hold anything
-            raise StartupError(f"{name}: transformers cannot read config.json: {_reason(error)}") from error
-        _forget_code(self.config)
-        _check_quantization(name, getattr(self.config, "quantization_config", None))
+        with refusing(f"{name}: transformers cannot read config.json", StartupError):
+            config = AutoConfig.from_pretrained(folder, **_NO_CODE)
+        _forget_code(config)
+        _check_quantization(name, getattr(config, "quantization_config", None))
+        self.config = language_config(config)
+        self.towers = self.config is not config
         self.generation_config = _generation_config(folder)
         self.tokenizer = _tokenizer(folder, None)
         self.merged = (folder / MERGE_REPORT).is_file()
@@ -106,10 +109,8 @@ class FolderSource(TensorSource):
             raise StartupError(f"{self.name}: no .safetensors file in {folder}{hint}")
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            try:
+            with refusing(f"{self.name}: {index.name} is not an index of tensors", StartupError):
                 listed = set(json.loads(index.read_text())["weight_map"])
-            except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
-                raise StartupError(f"{self.name}: {index.name} is not an index of tensors: {error}") from error
             if missing := sorted(listed - set(files)):
                 raise StartupError(f"{self.name}: {len(missing)} tensors of the index are missing, e.g. {missing[0]}")
         return files
@@ -139,12 +140,10 @@ class GgufSource(TensorSource):
         else:
             options = {"quantization_config": GgufConfig(dequantize=True)}
         with _alone(path) as folder:
-            try:
+            with refusing(f"{name}: transformers cannot read this GGUF file", StartupError):
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, gguf_file=path.name, dtype=torch.float32, **options, **_NO_CODE
                 )
-            except Exception as error:  # a file may hold anything
-                raise StartupError(f"{name}: transformers cannot read this GGUF file: {_reason(error)}") from error
             self.tokenizer = _tokenizer(folder, path.name)
         self.config = model.config
         self.generation_config = model.generation_config
@@ -239,23 +238,13 @@ def _alone(file: Path) -> Iterator[Path]:
 def _generation_config(folder: Path) -> GenerationConfig | None:
     if not (folder / "generation_config.json").is_file():
         return None
-    try:
+    with refusing(f"{folder}: transformers cannot read generation_config.json", StartupError):
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a file may hold anything
-        raise StartupError(f"{folder}: transformers cannot read generation_config.json: {_reason(error)}") from error
 
 
 def _tokenizer(folder: Path, gguf: str | None) -> object | None:
     options = {} if gguf is None else {"gguf_file": gguf}
     if gguf is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    try:
+    with refusing(f"{folder}: transformers cannot read the tokenizer", StartupError):
         return AutoTokenizer.from_pretrained(folder, **options, **_NO_CODE)
-    except Exception as error:  # a file may hold anything
-        raise StartupError(f"{folder}: transformers cannot read the tokenizer: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs Python code of the folder's own (auto_map), which loramux never runs"
-    return f"{type(error).__name__}: {error}"

@@ -47,6 +47,12 @@ class Tokenizer:
         return backend
 
     @property
+    def chat_template(self) -> str | None:
+        """The template that messages are rendered with; None without one."""
+        template = self._hf.chat_template
+        return template if isinstance(template, str) else None
+
+    @property
     def eos_token_id(self) -> int | None:
         """The tokenizer's own end-of-sequence id; the model's generation config may name more."""
         token_id: int | None = self._hf.eos_token_id

@@ -5,20 +5,28 @@ A tensor is read, quantized and dropped before the next one, so the peak is the 
 
 from __future__ import annotations
 
+import logging
+import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from loramux.errors import InvalidAdapter, UnsupportedModel
 from loramux.model.modules import SiteLinear
 from loramux.model.sources import TensorSource
+from loramux.model.towers import without_tower
 from loramux.ops.backend import LinearPart
 from loramux.ops.dense import DenseWeight
 from loramux.ops.nf4 import NF4Weight
 from loramux.ops.site import Site
+
+log = logging.getLogger(__name__)
 
 
 class SiteChange(Protocol):
@@ -30,28 +38,57 @@ class SiteChange(Protocol):
 
 
 class WeightReader:
-    """Finds and reads weights of `source` by the names they have in the skeleton.
+    """Finds and reads weights of `source` by the names they have in the skeleton, which may not be the checkpoint's.
 
-    Checkpoints of a base model without head lack the skeleton's prefix ("model.", "transformer."); both are found.
+    transformers' own renamings for the model apply (GPT-NeoX's embed_out is its lm_head today). Checkpoints of a base
+    model without head lack the skeleton's prefix ("model.", "transformer."); both are found. In a checkpoint with
+    other towers the language model's is found without its segment ("language_model.").
     """
 
-    def __init__(self, source: TensorSource, prefix: str) -> None:
+    def __init__(self, source: TensorSource, model: PreTrainedModel) -> None:
         self._source = source
-        self._prefix = f"{prefix}."
-        self._keys = frozenset(source.keys())
+        self._prefix = f"{model.base_model_prefix}."
+        self._ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+        renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+        keys = tuple(source.keys())
+        self._keys: dict[str, str] = {}  # the checkpoint's by the skeleton's
+        for key in keys:
+            renamed = apply_renamings(key, renamings)
+            if source.towers:
+                renamed = apply_renamings(without_tower(renamed), renamings)
+            self._keys.setdefault(renamed, key)
+        # A name that needs no renaming is meant as it stands.
+        self._keys |= dict(zip(keys, keys, strict=True))
+        self._read: set[str] = set()
 
     def find(self, name: str) -> str | None:
         """The checkpoint's key for a skeleton's name, or None."""
-        for key in (name, name.removeprefix(self._prefix), self._prefix + name):
-            if key in self._keys:
-                return key
-        return None
+        candidates = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((self._keys[n] for n in candidates if n in self._keys), None)
 
     def _key(self, name: str) -> str:
         key = self.find(name)
         if key is None:
             raise UnsupportedModel(f"{self._source.name}: the checkpoint has no tensor {name!r}")
+        self._read.add(key)
         return key
+
+    def tell_unused(self) -> None:
+        """Log what the checkpoint holds and nobody has read: other towers, or what the skeleton has no place for."""
+        unused = set(self._source.keys()) - self._read
+        for key in self._read:
+            unused.difference_update(self._source.companions(key))
+        left = sorted(key for key in unused if not any(pattern.search(key) for pattern in self._ignored))
+        if left:
+            parts = Counter(".".join(key.split(".")[: 2 if key.startswith(self._prefix) else 1]) for key in left)
+            told = ", ".join(f"{count} of {part}" for part, count in parts.most_common(5))
+            log.info(
+                "%s: %d tensors of the checkpoint are not used (%s), %s the first",
+                self._source.name,
+                len(left),
+                told,
+                left[0],
+            )
 
     def dense(self, name: str) -> Tensor:
         """The tensor as stored. Raises UnsupportedModel if it is missing."""
@@ -158,6 +195,25 @@ def buffers(model: nn.Module, reader: WeightReader) -> list[tuple[str, Tensor]]:
     """The skeleton's buffers that belong to a checkpoint (gemma4's layer_scalar) and that this one has."""
     belonging = set(model.state_dict())
     return [(n, b) for n, b in model.named_buffers() if n in belonging and reader.find(n) is not None]
+
+
+def untie(model: PreTrainedModel, reader: WeightReader) -> None:
+    """Give parameters that the config ties (embedding and head) one each where the checkpoint holds different tensors
+    for them, as transformers does; the config says so afterwards."""
+    for names, parameter in parameters(model):
+        keys = sorted({key for key in map(reader.find, names) if key is not None})
+        if len(keys) < 2 or _all_equal(reader, keys):
+            continue
+        for name in names[1:]:
+            parent, _, leaf = name.rpartition(".")
+            own = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            model.get_submodule(parent)._parameters[leaf] = own
+        model.config.tie_word_embeddings = False
+
+
+def _all_equal(reader: WeightReader, keys: list[str]) -> bool:
+    first = reader.dense(keys[0])
+    return all(torch.equal(first, reader.dense(key)) for key in keys[1:])
 
 
 def parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

@@ -65,7 +65,12 @@ class Decoder(Protocol):
 
 
 class FusingBackend(Backend):
-    """A backend that has the parts of a Llama-shaped model."""
+    """A backend that has the parts of a Llama-shaped model.
+
+    `widest_head` is the greatest head dimension that `decoder` takes; None: any.
+    """
+
+    widest_head: int | None = None
 
     @abstractmethod
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

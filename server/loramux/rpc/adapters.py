@@ -15,6 +15,7 @@ from loramux.rpc.boundary import Context
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import MergeDone, Merger, MergeStep
 from loramux.rpc.sizes import MAX_MERGED
+from loramux.rpc.watchers import Watchers
 from loramux.v1 import adapters_pb2 as pb
 from loramux.v1 import adapters_pb2_grpc as pb_grpc
 
@@ -61,6 +62,7 @@ def describe(entry: AdapterEntry, merged: str = "") -> pb.Adapter:
         leases=len(entry.leases),
         error=entry.error.message if entry.error is not None else "",
         merged=entry.name == merged,
+        warnings=entry.warnings,
     )
     if entry.loaded_at:
         message.loaded_at.FromNanoseconds(int(entry.loaded_at * 1e9))
@@ -81,6 +83,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         self._merged = merged
         self._engine = engine
         self._send_timeout = send_timeout
+        self._watchers = Watchers()
 
     def _describe(self, entry: AdapterEntry) -> pb.Adapter:
         return describe(entry, self._merged.name)
@@ -141,9 +144,10 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         return pb.UpdateAdapterResponse(adapter=self._describe(entry))
 
     async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
-        async with aclosing(self._manager.watch()) as entries:
-            async for entry in entries:
-                await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
+        with self._watchers.one():
+            async with aclosing(self._manager.watch()) as entries:
+                async for entry in entries:
+                    await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> None:
         if len(request.mix) > MAX_MERGED:

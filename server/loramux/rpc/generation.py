@@ -31,13 +31,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self._model = model
         self._send_timeout = send_timeout
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> bytes:
+        """Returns the GenerateResponse serialized; the boundary hands it on as it is."""
         async with self._admission.admit(request, context.time_remaining()) as flight:
             await flight.start()
             answer = convert.Answer(flight.request.sampling.n)
             async for event in flight:
-                answer.add(event)
-            return answer.message(flight.request_id, flight.request.adapters)
+                async for piece in convert.in_pieces(event):
+                    answer.add(piece)
+            return answer.serialized(flight.request_id, flight.request.adapters)
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:
         async with self._admission.admit(request.request, context.time_remaining()) as flight:
@@ -50,7 +52,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             )
             await self._send(context, pb.GenerateStreamResponse(started=started))
             async for event in flight:
-                await self._send(context, convert.stream_event(event))
+                async for piece in convert.in_pieces(event):
+                    await self._send(context, convert.stream_event(piece))
 
     async def _send(self, context: Context, message: pb.GenerateStreamResponse) -> None:
         """Write one message; it waits here while the client's flow-control window is full."""

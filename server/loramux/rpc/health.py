@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux.rpc.boundary import Context
+from loramux.rpc.watchers import Watchers
 
 Status = health_pb2.HealthCheckResponse
 
@@ -30,6 +31,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self._accepting = False
         self._closed = False
         self._changed = asyncio.Event()
+        self._watchers = Watchers()
 
     @property
     def serving(self) -> bool:
@@ -57,15 +59,16 @@ class Health(health_pb2_grpc.HealthServicer):
         return Status(status=self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        last = None
-        while not self._closed:
-            changed = self._changed
-            status = self._status(request.service)
-            if status != last:
-                await context.write(Status(status=status))
-                last = status
-            else:
-                await changed.wait()
+        with self._watchers.one():
+            last = None
+            while not self._closed:
+                changed = self._changed
+                status = self._status(request.service)
+                if status != last:
+                    await context.write(Status(status=status))
+                    last = status
+                else:
+                    await changed.wait()
 
     def _status(self, service: str) -> Any:
         if service not in self._services:

@@ -10,6 +10,7 @@ import asyncio
 import enum
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,7 +30,7 @@ from loramux.rpc.health import Health
 from loramux.rpc.listening import bind, make_server
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Merger, ModelInfo, Tokenizer
-from loramux.rpc.telemetry import Telemetry
+from loramux.rpc.telemetry import RequestRecord, Telemetry
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loramux.values import StartAdapter
@@ -40,6 +41,7 @@ GENERATION: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"
 ADAPTERS: str = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
+_GENERATING = frozenset(f"/{GENERATION}/{method}" for method in ("Generate", "GenerateStream"))
 _LAST_WORDS_SECONDS = 2.0  # for RPCs to send what they have, once the engine has drained
 _HEALTH_SECONDS = 1.0  # how late a health watcher may hear of an engine fault
 
@@ -91,12 +93,9 @@ class Server:
         parts.adapters.registry.tiers.turn = parts.engine.wake
         api_key, admin_key = settings.api_key, settings.admin_key
         bounds = sizes.bounds(parts.engine.limits)
-        self._public = make_server(
-            settings, scope="public", key=api_key, other_key=admin_key, bounds=bounds, on_error=self._count
-        )
-        self._admin = make_server(
-            settings, scope="admin", key=admin_key, other_key=api_key, bounds=bounds, on_error=self._count
-        )
+        make = partial(make_server, settings, bounds=bounds, on_error=self._count, on_refusal=self._refused)
+        self._public = make(scope="public", key=api_key, other_key=admin_key)
+        self._admin = make(scope="admin", key=admin_key, other_key=api_key)
         self._add_services()
 
     def _add_services(self) -> None:
@@ -207,6 +206,11 @@ class Server:
 
     def _count(self, error: LoramuxError) -> None:
         self.metrics.failed(error.reason)
+
+    def _refused(self, method: str, request_id: str, error: LoramuxError) -> None:
+        self._count(error)
+        if method in _GENERATING:  # it never came to its admission, which counts the others
+            RequestRecord(self.metrics, request_id).end(error)
 
     def _adapter_changed(self, _entry: AdapterEntry) -> None:
         self._parts.engine.wake()  # requests may wait for this load

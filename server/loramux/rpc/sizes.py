@@ -45,8 +45,8 @@ def check(message: pb.GenerateRequest, limits: Limits, bounds: Bounds) -> None:
     _check_length("request_id", message.request_id, s.max_request_id_chars)
     _check_length("cache_salt", message.cache_salt, s.max_cache_salt_chars)
     for name in (message.adapter, *(part.adapter for part in message.mix)):
-        if len(name) > MAX_NAME_CHARS:  # there is none, which is told without copying it around
-            raise AdapterNotFound(f"{name[:MAX_NAME_CHARS]}…")
+        if len(name) > MAX_NAME_CHARS:  # there is none: no need to hash it, or to look for one like it
+            raise AdapterNotFound(name)
 
 
 def check_input(message: pb.GenerateRequest | pb.CountTokensRequest, bounds: Bounds) -> None:

@@ -34,6 +34,7 @@ OPAQUE = "the server failed on this request; its log has the details"
 _MAX_MESSAGE = 800
 _MAX_VALUE = 120
 _MAX_METADATA = 6
+_MAX_REQUEST_ID = 512  # 128 characters, whatever they are: whoever searches for an id needs all of it
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
@@ -49,8 +50,8 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
 }
 
 
-def from_error(error: BaseException) -> status_pb2.Status:
-    """The google.rpc.Status of an error.
+def from_error(error: BaseException, request_id: str = "") -> status_pb2.Status:
+    """The google.rpc.Status of an error. `request_id`, if there is one, becomes metadata of its ErrorInfo.
 
     Startup errors and foreign exceptions become INTERNAL without their text; callers log them.
     """
@@ -63,6 +64,8 @@ def from_error(error: BaseException) -> status_pb2.Status:
         domain=DOMAIN,
         metadata={_clip(key, _MAX_VALUE): _clip(value, _MAX_VALUE) for key, value in metadata},
     )
+    if request_id:
+        info.metadata["request_id"] = _clip(request_id, _MAX_REQUEST_ID)
     for detail in (info, *_details(error)):
         status.details.add().Pack(detail)
     return status
@@ -135,7 +138,9 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
             violation = found["BadRequest"].field_violations[0]
             return errors.InvalidRequest(violation.field, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.NOT_FOUND if "ResourceInfo" in found:
-            return errors.AdapterNotFound(found["ResourceInfo"].resource_name, message=message)
+            not_found = errors.AdapterNotFound(found["ResourceInfo"].resource_name, message=message)
+            not_found.metadata |= metadata
+            return not_found
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
             return errors.InvalidRequest("request", message, reason="MESSAGE_TOO_LARGE")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

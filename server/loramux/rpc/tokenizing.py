@@ -1,16 +1,19 @@
 """Turns inputs into token ids in worker threads, so that a long prompt never holds up the event loop.
 
 Bounded: when too many inputs wait, the next is refused. What no prompt can be is refused by its characters, the rest is
-given up as soon as it is known to be too long, or when its caller has gone. Long texts have a thread of their own, so
-that short ones never wait for them. Knows nothing of requests beyond their input.
+given up as soon as it is known to be too long, or when its caller has gone. Long texts have a thread of their own, and
+in each thread the shortest is the next, so that a short one never waits for long ones. Knows nothing of requests beyond
+their input.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import PriorityQueue
 
 from loramux.engine.door import Limits, prompt_too_long
 from loramux.errors import Cancelled, Overloaded
@@ -29,8 +32,8 @@ class Tokenizing:
     def __init__(self, tokenizer: Tokenizer, limits: Limits, *, max_waiting: int = 1024) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
-        self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
-        self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+        self._short = _Worker("tokenize-short")
+        self._long = _Worker("tokenize-long")
         self._max_waiting = max_waiting
         self._places = threading.Semaphore(max_waiting)
 
@@ -64,7 +67,7 @@ class Tokenizing:
             if tokens > self._limits.longest_prompt:
                 raise prompt_too_long(field, tokens, max_context, or_more=True)
 
-        future = (self._long if chars > _LONG else self._short).submit(work, at_least)
+        future = (self._long if chars > _LONG else self._short).submit(chars, lambda: work(at_least))
         # The place is free when the thread is done, not when the caller goes away: what has begun goes on for a moment.
         future.add_done_callback(lambda _: self._places.release())
         try:
@@ -74,5 +77,41 @@ class Tokenizing:
 
     def close(self) -> None:
         """Drop what has not begun."""
-        for pool in (self._short, self._long):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._short.close()
+        self._long.close()
+
+
+_Job = tuple[int, int, Callable[[], list[int]] | None, "Future[list[int]]"]  # chars, place, what to do (None: end)
+
+
+class _Worker:
+    """A thread that works on what is shortest, and on what came first of what is equally long."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: PriorityQueue[_Job] = PriorityQueue()
+        self._serial = itertools.count()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, chars: int, work: Callable[[], list[int]]) -> Future[list[int]]:
+        """What comes of `work`; may be cancelled until it has begun."""
+        future: Future[list[int]] = Future()
+        self._jobs.put((chars, next(self._serial), work, future))
+        return future
+
+    def close(self) -> None:
+        """Cancel what waits; the thread ends after what it is at."""
+        self._jobs.put((-1, next(self._serial), None, Future()))
+
+    def _run(self) -> None:
+        while True:
+            _, _, work, future = self._jobs.get()
+            if work is None:
+                break
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:
+                    future.set_exception(error)
+            del work, future  # else the last text stays until the next comes
+        while not self._jobs.empty():
+            self._jobs.get()[3].cancel()

@@ -23,7 +23,8 @@ struct AttentionCall {
   const float* sinks;                 // [heads] or null
 };
 
-constexpr int kKeys = 32;  // positions of a step
+constexpr int kKeys = 32;           // positions of a step
+constexpr int kWidestHead = 512;    // elements of the zeros that stand in for positions after the last
 
 // Where a head's key or value for a slot stands in the cache, in rows.
 inline int64_t row_of_slot(const AttentionCall& c, int64_t slot, int64_t head) {

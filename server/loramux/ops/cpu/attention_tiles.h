@@ -97,7 +97,7 @@ class Products {
   // for what an earlier owner left there may be no number.
   void pack_values(int64_t s, int64_t head, int64_t first, int64_t last, bf16* to) {
     const int64_t tiles_of_dims = tiles(c_.value_dim);
-    alignas(64) static const bf16 nothing[512] = {};
+    alignas(64) static const bf16 nothing[kWidestHead] = {};
     for (int pair = 0; pair < kKeys / 2; ++pair) {
       const int64_t p = first + 2 * pair;
       const bf16* even = p <= last ? c_.values + row_of(c_, s, head, p) * c_.value_dim : nothing;

@@ -92,7 +92,7 @@ class Products {
 
   // The rows of 32 positions; past the last one, and where a row is no multiple of 16, in staging.
   void find(const bf16* cache, int64_t dim, int64_t s, int64_t head, int64_t first, int64_t last, const bf16** rows) {
-    alignas(64) static const bf16 nothing[1024] = {};
+    alignas(64) static const bf16 nothing[kWidestHead] = {};
     const int64_t padded = tiles(dim) * kTile;
     const int64_t count = std::min<int64_t>(kKeys, last - first + 1);
     for (int64_t key = count; key < kKeys; ++key) rows[key] = nothing;

@@ -15,6 +15,7 @@ from loramux.ops.cpu.packed import PackedNF4
 from loramux.ops.dense import DenseWeight
 from loramux.ops.fused import FusedLinear, FusingBackend, LayerOperations
 from loramux.ops.grouped import GroupedBackend
+from loramux.ops.layout import strided
 from loramux.ops.nf4 import BLOCK_SIZE
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 from loramux.ops.segment import AdapterWeights, Segment
@@ -140,6 +141,7 @@ class NativeBackend(FusingBackend):
     """
 
     batch_invariant = True
+    widest_head: int = 512  # kWidestHead in attention.h; wider ones take the torch path
 
     def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
         self.isa = load_native(isa, threads)
@@ -214,7 +216,7 @@ class NativeBackend(FusingBackend):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PagedBatch, shape: AttentionShape
     ) -> Tensor:
-        if q.dtype != torch.bfloat16:
+        if q.dtype != torch.bfloat16 or max(q.shape[2], v.shape[2]) > self.widest_head:
             return self._fallback.attention(q, k, v, cache, batch, shape)
         return self._attend(_dense_heads(q), _dense_heads(k), _dense_heads(v), _NONE, _NONE, cache, batch, shape)
 
@@ -248,8 +250,8 @@ class NativeBackend(FusingBackend):
             q,
             k,
             v,
-            cosines,
-            sines,
+            cosines.contiguous(),
+            sines.contiguous(),
             cache.keys,
             cache.values,
             batch.slots,
@@ -265,6 +267,7 @@ class NativeBackend(FusingBackend):
         return out
 
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         y = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
         torch.ops.loramux_cpu.norm(x, _NONE if residual is None else residual, weight, epsilon, total, y)
@@ -272,7 +275,7 @@ class NativeBackend(FusingBackend):
 
     def gate(self, both: Tensor) -> Tensor:
         y = both.new_empty(both.shape[0], both.shape[1] // 2)
-        torch.ops.loramux_cpu.gate(both, y)
+        torch.ops.loramux_cpu.gate(both.contiguous(), y)
         return y
 
 
@@ -288,7 +291,7 @@ def _dense_words(weight: Tensor, bias: Tensor | None, site: int, column: int) ->
 
 
 def _dense_heads(t: Tensor) -> Tensor:
-    return t if t.stride(1) == t.shape[2] and t.stride(2) == 1 else t.contiguous()
+    return t if strided(t, 1, t.shape[2]) and strided(t, 2, 1) else t.contiguous()
 
 
 def _bits(value: float) -> int:

@@ -81,9 +81,22 @@ template <typename T>
 T* out(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
+// Whether steps along a dimension are of `stride` elements. One of size 1 has no steps, and torch gives it any stride.
+bool strided(const Tensor& t, int64_t dimension, int64_t stride) {
+  return t.size(dimension) <= 1 || t.stride(dimension) == stride;
+}
 void check(const Tensor& t, int64_t dims, const char* what) {
-  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::BFloat16 && t.dim() == dims && t.stride(dims - 1) == 1,
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::BFloat16 && t.dim() == dims && strided(t, dims - 1, 1),
                   what, " must be bfloat16 with dense rows");
+}
+// A matrix [rows, width] whose rows follow each other.
+void check_matrix(const Tensor& t, int64_t width, const char* what) {
+  check(t, 2, what);
+  STD_TORCH_CHECK(t.size(1) == width && strided(t, 0, width), what, " must have dense rows of ", width);
+}
+void check_heads(int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim) {
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " heads cannot share ", kv_heads, " key-value heads evenly");
+  STD_TORCH_CHECK(dim <= kWidestHead && value_dim <= kWidestHead, "heads may be ", kWidestHead, " wide at most");
 }
 
 void linear(Tensor x, Tensor plan, Tensor segments, Tensor y) {
@@ -106,7 +119,12 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cosines, Tensor sines, Tenso
   check(k, 3, "k");
   check(v, 3, "v");
   check(y, 3, "out");
-  STD_TORCH_CHECK(q.stride(1) == q.size(2) && k.stride(1) == k.size(2) && v.stride(1) == v.size(2), "heads must be dense");
+  STD_TORCH_CHECK(strided(q, 1, q.size(2)) && strided(k, 1, k.size(2)) && strided(v, 1, v.size(2)), "heads must be dense");
+  check_heads(q.size(1), k.size(1), q.size(2), v.size(2));
+  if (cosines.numel() != 0) {
+    check_matrix(cosines, q.size(2), "cosines");
+    check_matrix(sines, q.size(2), "sines");
+  }
   const AttentionCall call{in<bf16>(q), in<bf16>(k), in<bf16>(v), q.stride(0), k.stride(0), v.stride(0),
                            in<bf16>(cosines), in<bf16>(sines), out<bf16>(keys), out<bf16>(values), in<int64_t>(slots),
                            in<int32_t>(query_starts), in<int32_t>(contexts), in<int32_t>(tables), out<bf16>(y),
@@ -119,6 +137,8 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cosines, Tensor sines, Tenso
 
 void norm(Tensor x, Tensor residual, Tensor weight, double epsilon, Tensor sum, Tensor y) {
   const int64_t width = weight.numel();
+  check_matrix(x, width, "x");
+  if (residual.numel() != 0) check_matrix(residual, width, "residual");
   const NormCall call{in<bf16>(x), in<bf16>(residual), in<bf16>(weight), residual.numel() == 0 ? nullptr : out<bf16>(sum),
                       out<bf16>(y), x.numel() / width, width, static_cast<float>(epsilon)};
   g_kernels->norm(*g_pool, call);
@@ -126,6 +146,7 @@ void norm(Tensor x, Tensor residual, Tensor weight, double epsilon, Tensor sum, 
 
 void gate(Tensor both, Tensor y) {
   const int64_t width = y.size(y.dim() - 1);
+  check_matrix(both, 2 * width, "both");
   const GateCall call{in<bf16>(both), out<bf16>(y), y.numel() / width, width};
   g_kernels->gate(*g_pool, call);
 }
@@ -133,10 +154,10 @@ void gate(Tensor both, Tensor y) {
 void decoder(Tensor x, Tensor plan, Tensor segments, Tensor cosines, Tensor sines, Tensor slots, Tensor query_starts,
              Tensor contexts, Tensor tables, int64_t heads, int64_t kv_heads, int64_t dim, int64_t inner,
              int64_t block_size) {
-  check(x, 2, "x");
-  check(cosines, 2, "cosines");
-  check(sines, 2, "sines");
-  STD_TORCH_CHECK(x.stride(0) == x.size(1) && cosines.stride(0) == dim && sines.stride(0) == dim, "rows must be dense");
+  check_matrix(x, x.size(1), "x");
+  check_matrix(cosines, dim, "cosines");
+  check_matrix(sines, dim, "sines");
+  check_heads(heads, kv_heads, dim, dim);
   if (x.size(0) == 0) return;
   constexpr int64_t kWords = 7 * kPartWords + kLayerWords;
   static thread_local std::vector<Layer> layers;

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loramux.ops.layout import strided
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -604,7 +605,7 @@ def attention(
     rows, heads, dim = q.shape
     _, kv_heads, _, value_dim = cache.values.shape
     assert heads % kv_heads == 0
-    assert q.stride(2) == 1
+    assert strided(q, 2, 1)
     assert q.dtype == cache.keys.dtype == cache.values.dtype
     assert cache.keys.is_contiguous()
     assert cache.values.is_contiguous()

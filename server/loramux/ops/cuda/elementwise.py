@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loramux.ops.layout import strided
 from loramux.ops.paged import LayerCache
 
 _GATE_COLUMNS = 1024
@@ -23,12 +24,12 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> 
     s is rounded before it is squared, and s / rms before it meets the weight, as LlamaRMSNorm does. Without residual,
     s is x itself.
     """
-    assert x.stride(1) == 1
+    assert strided(x, 1, 1)
     rows, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x
     if residual is not None:
-        assert residual.stride(1) == 1
+        assert strided(residual, 1, 1)
         total = torch.empty_like(y)
     block = triton.next_power_of_2(width)
     if rows:
@@ -56,7 +57,7 @@ def norm_warps(block: int) -> int:
 
 def gate(both: Tensor) -> Tensor:
     """silu(both[:, :N])·both[:, N:] → [T, N] for both [T, 2N], rows contiguous; silu is rounded before the product."""
-    assert both.stride(1) == 1
+    assert strided(both, 1, 1)
     rows, width = both.shape[0], both.shape[1] // 2
     y = both.new_empty(rows, width)
     if rows:
@@ -80,7 +81,7 @@ def rotate_and_store(
     contiguous. cosines and sines [T, D] (halves, as transformers rotates) or both None: nothing is rotated, and q
     comes back as it is. slots int64 [T]; a row whose slot is negative is padding, of which nothing is written.
     """
-    assert q.stride(2) == k.stride(2) == v.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
+    assert all(strided(t, t.dim() - 1, 1) for t in (q, k, v, cache.keys, cache.values))
     (rows, heads, dim), kv_heads, value_dim = q.shape, k.shape[1], v.shape[2]
     turns = cosines is not None and sines is not None
     rotated = q.new_empty(q.shape) if turns else q

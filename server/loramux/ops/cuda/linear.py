@@ -17,6 +17,7 @@ from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
 from loramux.ops.fused import FusedLinear
 from loramux.ops.grouped import GroupedBackend
+from loramux.ops.layout import strided
 from loramux.ops.nf4 import BLOCK_SIZE, NF4Weight
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -120,7 +121,7 @@ class TritonLinear(FusedLinear):
         assert isinstance(segments, TritonSegments)
         assert x.dtype in DTYPES
         assert x.shape[1] == self._tiled.k
-        assert x.stride(1) == 1
+        assert strided(x, 1, 1)
         if x.shape[0] >= _DENSE_ROWS and not self._invariant:
             parts = [LinearPart(self._tiled.unpack(p), bias) for p, bias in enumerate(self._biases)]
             return torch.cat(PlainLinear(GroupedBackend(), parts, self._site_indices)(x, segments), dim=1)

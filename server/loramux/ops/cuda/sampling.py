@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loramux.ops.layout import strided
+
 CHUNK = 4096  # columns of a program: a vocabulary of 128k has 32, so that one row alone is read by many
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -17,7 +19,7 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ids: the place of the largest logit, of equal ones the lowest; finite: whether all of the row's logits are (where
     not, the other two mean nothing); logprob: of ids, by the softmax of the row in float32. One pass over the logits.
     """
-    assert logits.stride(1) == 1
+    assert strided(logits, 1, 1)
     rows, vocabulary = logits.shape
     chunks = triton.cdiv(vocabulary, CHUNK)
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)

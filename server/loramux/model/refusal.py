@@ -1,0 +1,62 @@
+"""Whatever a stranger's model makes transformers, torch or its own modeling code raise becomes one sentence."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from loramux.errors import LoramuxError, StartupError, UnsupportedModel
+
+log = logging.getLogger(__name__)
+_LONGEST = 300  # characters of another library's message
+
+
+class Named(Protocol):
+    """A source that has been opened already."""
+
+    name: str
+
+
+_Source = TypeVar("_Source", bound="str | Named")
+_Options = ParamSpec("_Options")
+_Result = TypeVar("_Result")
+
+
+def summary(error: BaseException) -> str:
+    """The error's type and text in one line, cut where it gets long."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it needs Python code of the folder's own (auto_map), which loramux never runs"
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST].rstrip() + " …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def refusing(sentence: str, error_type: type[StartupError] = UnsupportedModel) -> Iterator[None]:
+    """Raises `error_type` of `sentence` and a summary for every exception but those of loramux's own, which pass. The
+    traceback goes to the log at debug level."""
+    try:
+        yield
+    except LoramuxError:
+        raise
+    except Exception as error:
+        log.debug("%s", sentence, exc_info=True)
+        raise error_type(f"{sentence}: {summary(error)}") from error
+
+
+def refuse_by_name(
+    load: Callable[Concatenate[_Source, _Options], _Result],
+) -> Callable[Concatenate[_Source, _Options], _Result]:
+    """Decorates what loads a source: an exception that nobody foresaw is an UnsupportedModel which names the source."""
+
+    @functools.wraps(load)
+    def loading(source: _Source, *arguments: _Options.args, **options: _Options.kwargs) -> _Result:
+        name = source if isinstance(source, str) else source.name
+        with refusing(f"{name}: this model cannot be loaded"):
+            return load(source, *arguments, **options)
+
+    return loading
