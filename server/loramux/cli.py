@@ -235,6 +235,7 @@ def generate(
             f"{time.monotonic() - started:.2f} s; queue {timings.queue:.3f}, prefill {timings.prefill:.3f}, "
             f"decode {timings.decode:.3f} s",
             style="dim",
+            soft_wrap=True,
         )
 
 
