@@ -136,6 +136,13 @@ def test_what_nobody_foresaw_is_one_sentence_too() -> None:
     assert "shows where" not in said
 
 
+def test_libraries_show_no_bars_of_their_own() -> None:
+    status, said = ended(start("import tqdm.auto; list(tqdm.auto.tqdm(range(3), desc='theirs')); sys.exit(3)"))
+    assert status == 3
+    assert "theirs" not in said
+    assert "\r" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

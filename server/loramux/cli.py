@@ -64,6 +64,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _leave)
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # bars of libraries, beside ours or in a log
+        os.environ.setdefault(variable, "1")
     try:
         app()
     except StartupError as error:
