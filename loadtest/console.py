@@ -104,6 +104,7 @@ def show_attacks(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             row["attack"],
             f"{row['longest_get_model_s']:.2f}",
+            f"{row['slowest_good_s']:.2f}",
             f"{row['good']:,}",
             f"{sum(row['lost'].values()):,}",
             f"{row['rss_before_mib']:,.0f} → {row['rss_after_mib']:,.0f}",

@@ -1,7 +1,8 @@
 """The command line: serve, demo, generate, adapters, merge, quantize. Turns words into calls and errors into sentences.
 
 Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
-does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick.
+does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick, and so that
+generate and adapters work where only the client is installed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -86,6 +89,21 @@ def _leave(number: int, frame: object) -> NoReturn:
     """What was begun is undone on the way out, as by Ctrl-C; a second signal ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
     raise SystemExit(128 + number)
+
+
+def _require_server() -> None:
+    """Raises StartupError if a package of the extra `server` is not installed, as with `pip install loramux` alone."""
+    try:
+        requirements = metadata.requires("loramux") or ()
+    except metadata.PackageNotFoundError:
+        return  # run from its sources, beside packages that somebody chose
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        package = re.split(r"[^\w.-]", wanted, maxsplit=1)[0]
+        if re.search(r"""extra == ['"]server['"]""", marker) and not any(metadata.distributions(name=package)):
+            raise StartupError(
+                f"this command needs the server, and {package} is not installed: pip install 'loramux[server]'"
+            )
 
 
 def _fail(message: str) -> NoReturn:
@@ -162,6 +180,7 @@ def serve(
 
     Every flag can be given as LORAMUX_… in the environment or in the --config file.
     """
+    _require_server()
     from loramux.serve import run
 
     logs.configure(settings.log_level, settings.log_format)
@@ -179,6 +198,7 @@ def demo(
 
     The batch holds prompts for the base and for every adapter in the folder, all at the same time.
     """
+    _require_server()
     from loramux.demo import run
 
     run(model, adapter_dir, console)
@@ -279,6 +299,7 @@ def merge(
 
       loramux merge --mix sql=0.7,json=0.3 --out ./smollm2-mix --dtype fp16
     """
+    _require_server()
     from loramux.lora.ingredient import Ingredient
     from loramux.lora.roots import AdapterRoots
     from loramux.merge import merge as write
@@ -307,6 +328,7 @@ def quantize(
 
     Example: loramux quantize ./Llama-3-8B ./Llama-3-8B-nf4
     """
+    _require_server()
     from loramux.progress import bar
     from loramux.quantize import quantize_to
 

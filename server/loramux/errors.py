@@ -5,6 +5,7 @@
     ├── InvalidAdapter        INVALID_ARGUMENT     files that cannot be served on this base (PreconditionFailure detail)
     ├── AdapterUnavailable    FAILED_PRECONDITION  a registered adapter that failed to load, or cannot be used now
     ├── AdapterNotFound       NOT_FOUND            no adapter of that name (ResourceInfo detail)
+    ├── UnknownService        NOT_FOUND            health of a service that this port does not serve
     ├── AdapterExists         ALREADY_EXISTS       the name holds other content and `replace` was not given
     ├── FolderExists          ALREADY_EXISTS       a folder to be written is there already
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
@@ -99,14 +100,23 @@ class AdapterNotFound(LoramuxError):
     status = "NOT_FOUND"
     reason = "ADAPTER_NOT_FOUND"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, hint: str = "", message: str = "") -> None:
+        """`hint`: what else is known, as a sentence; `message`: the whole text, where a server has written it."""
         name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
         super().__init__(
-            f"adapter {name!r} is not loaded; `loramux adapters list` shows the names that are, "
-            "and an empty adapter name asks for the base model",
+            message
+            or f"adapter {name!r} is not loaded; {hint + '; ' if hint else ''}`loramux adapters list` shows the names "
+            "that are, and an empty adapter name asks for the base model",
             metadata={"adapter": name},
         )
         self.name = name
+
+
+class UnknownService(LoramuxError):
+    """The health of a service was asked for that this port does not serve."""
+
+    status = "NOT_FOUND"
+    reason = "UNKNOWN_SERVICE"
 
 
 class AdapterExists(LoramuxError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loramux.errors import InvalidRequest
-from loramux.model.tokenizer import Tokenizer
+from loramux.model.tokenizer import Tokenizer, _encode
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -251,6 +252,24 @@ def test_what_a_long_text_has_at_least_is_never_more_than_it_has(name: str, text
     assert told
     assert max(told) <= tokens
     assert len(text) <= tokens * ours.longest_token
+
+
+def test_others_run_while_a_text_is_tokenized() -> None:
+    """tokenizers' `encode` holds the interpreter's lock: a megabyte stopped the event loop for seconds."""
+    _, ours = base("chatml")
+    begun, turns = threading.Event(), 0
+
+    def work() -> None:
+        begun.set()
+        _encode(ours.backend, "a " * 500_000, False)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    while thread.is_alive():
+        turns += 1
+        thread.join(0.001)
+    assert turns > 3  # one or two without
 
 
 def test_a_template_that_fails_is_the_requests_fault() -> None:

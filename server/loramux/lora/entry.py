@@ -107,6 +107,9 @@ class AdapterEntry:
     hosted          while it is in the host's memory only
     uses, worth     what the tiers count to choose whom to put out
     managed         found under a root, where it is looked after; others come and go by an operator's word
+    irreplaceable   what is in memory cannot be read again: its files have changed
+    read_as         what its files looked like (lora.scan) when they were read, or were to be
+    warnings        what an operator should know of it, in sentences
     """
 
     name: str
@@ -122,7 +125,6 @@ class AdapterEntry:
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
     site_count: int = 0
-    warnings: tuple[str, ...] = ()
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
@@ -134,6 +136,8 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
+    irreplaceable: bool = False
+    read_as: tuple[object, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property

@@ -66,7 +66,9 @@ class AdapterManager:
             workers=workers,
             place=place,
         )
-        self._catalog = None if scan_interval is None else Catalog(registry, roots.paths, interval=scan_interval)
+        self._catalog: Catalog | None = None
+        if scan_interval is not None:
+            self._catalog = Catalog(registry, roots.paths, self._loader, interval=scan_interval)
         self._declaration: Declaration | None = None
         if declared_in is not None:
             self._declaration = Declaration(declared_in, registry, roots, self._load_declared, scan_interval or 0.0)
@@ -89,7 +91,7 @@ class AdapterManager:
     async def reload(self) -> None:
         """Look at the roots and the adapters file now; what is wrong with them is logged."""
         if self._catalog is not None:
-            await self._catalog.look()
+            await self._catalog.look(now=True)
         if self._declaration is not None:
             await self._declaration.tell()
 

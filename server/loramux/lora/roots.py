@@ -22,14 +22,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_SOURCE = 4096  # PATH_MAX
 
 
+NAME_RULE = "names have 1 to 128 characters of [A-Za-z0-9._-] and start with a letter or digit"
+
+
+def is_name(text: str) -> bool:
+    """Whether clients may use it for an adapter."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(name: str, *, field: str = "name") -> str:
     """`name` if clients may use it for an adapter; raises InvalidRequest otherwise."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         shown = name if len(name) <= 128 else f"{name[:64]}… ({len(name)} characters)"
         raise InvalidRequest(
             field,
-            f"{shown!r} is not an adapter name; names have 1 to 128 characters of [A-Za-z0-9._-] and start with a "
-            "letter or digit",
+            f"{shown!r} is not an adapter name; {NAME_RULE}",
             reason="INVALID_ADAPTER_NAME",
         )
     return name

@@ -125,12 +125,12 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         budget = self._manager.registry.budget
         after = _parse_page_token(request.page_token)
         size = min(request.page_size or MAX_PAGE, MAX_PAGE)
-        entries = sorted(self._manager.list(), key=_place)
-        rest = [entry for entry in entries if _place(entry) > after]
-        page = rest[:size]
+        page = self._manager.registry.page(after, size + 1)
+        more = len(page) > size
+        page = page[:size]
         return pb.ListAdaptersResponse(
             adapters=[self._describe(entry) for entry in page],
-            next_page_token="/".join(_place(page[-1])) if len(rest) > size else "",
+            next_page_token="/".join(_place(page[-1])) if more else "",
             device_bytes=budget.used,
             device_budget_bytes=budget.limit or 0,
             host_bytes=self._manager.registry.tiers.host.used,

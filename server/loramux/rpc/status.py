@@ -39,6 +39,7 @@ _MAX_REQUEST_ID = 512  # 128 characters, whatever they are: whoever searches for
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.AdapterUnavailable,
+    grpc.StatusCode.NOT_FOUND: errors.UnknownService,
     grpc.StatusCode.ALREADY_EXISTS: errors.AdapterExists,
     grpc.StatusCode.PERMISSION_DENIED: errors.PathNotAllowed,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
@@ -138,7 +139,7 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
             violation = found["BadRequest"].field_violations[0]
             return errors.InvalidRequest(violation.field, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.NOT_FOUND if "ResourceInfo" in found:
-            not_found = errors.AdapterNotFound(found["ResourceInfo"].resource_name)
+            not_found = errors.AdapterNotFound(found["ResourceInfo"].resource_name, message=message)
             not_found.metadata |= metadata
             return not_found
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
