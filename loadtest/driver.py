@@ -48,13 +48,13 @@ async def drive(
     concurrency: int | None = None,
     exact_output: bool = True,
     on_done: Callable[[RequestRecord], None] = lambda record: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> DriveResult:
-    """Run a plan: `concurrency` requests at a time, or (None) each at its planned arrival.
+    """Run a plan: `concurrency` requests at a time, or (None) each at its planned arrival, by `clock` in seconds.
 
     With `exact_output`, a stream that ends well with another number of tokens than planned counts as failed.
     Failures of requests are recorded, never raised.
     """
-    clock = time.perf_counter
     records: list[RequestRecord] = []
 
     async def run_one(request: PlannedRequest, start: float) -> None:
@@ -80,7 +80,7 @@ async def drive(
         await run_one(request, start)
 
     lags: list[float] = []
-    heartbeat = asyncio.create_task(watch_lag(lags))
+    heartbeat = asyncio.create_task(watch_lag(lags, clock))
     begin, begin_cpu = clock(), time.process_time()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -100,14 +100,14 @@ async def drive(
     return DriveResult(records, duration, percentile(lags, 99) * 1000.0, cpu)
 
 
-async def watch_lag(lags: list[float]) -> None:
+async def watch_lag(lags: list[float], clock: Callable[[], float]) -> None:
     """Append to `lags`, every HEARTBEAT seconds until cancelled, how many seconds late the loop woke us."""
     while True:
-        due = time.perf_counter() + HEARTBEAT
+        due = clock() + HEARTBEAT
         try:
             await asyncio.sleep(HEARTBEAT)
         finally:  # a stall that the run ended in counts as well
-            lags.append(max(0.0, time.perf_counter() - due))
+            lags.append(max(0.0, clock() - due))
 
 
 def status_of(error: Exception) -> str:

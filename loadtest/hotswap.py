@@ -77,15 +77,24 @@ class HotSwap:
     """One measurement of one server. `run` may be awaited once.
 
     `variants` are folders of different adapters under a root of the server. Those of one rank stand `ranks` apart, so
-    that a replacement changes the content and not the work. Raises ValueError if there are not two of each rank.
+    that a replacement changes the content and not the work. `clock` tells when tokens come, in seconds. Raises
+    ValueError if there are not two of each rank.
     """
 
-    def __init__(self, target: Target, spec: SwapSpec, variants: Sequence[Path], ranks: int) -> None:
+    def __init__(
+        self,
+        target: Target,
+        spec: SwapSpec,
+        variants: Sequence[Path],
+        ranks: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         if len(variants) < 2 * ranks:
             raise ValueError(f"{ranks} ranks need {2 * ranks} different adapters to replace one by another, or more")
         self.target = target
         self.spec = spec
         self.log = SwapLog()
+        self._clock = clock
         self._variants = [[str(folder.resolve()) for folder in variants[i::ranks]] for i in range(ranks)]
         self._versions: Counter[int] = Counter()  # by stream
         self._busy: bool | None = None  # None: gaps do not count
@@ -156,7 +165,7 @@ class HotSwap:
             async for event in self.target.stream(prompt, _stream_name(index), output_len):
                 if not event.tokens:
                     continue
-                now, busy = time.perf_counter(), self._busy
+                now, busy = self._clock(), self._busy
                 if last is not None and busy is not None and last[1] is not None:
                     (self.log.busy_gaps if busy or last[1] else self.log.quiet_gaps).append(now - last[0])
                 last = now, busy

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypedDict
+from typing import Any, TypedDict
+
+# A turn: `role` ("system", "user" or "assistant") and `content`, a text or a list of text parts as OpenAI has them.
+ChatTurn = Mapping[str, Any]
 
 
 class Sampling(TypedDict, total=False):
@@ -36,11 +39,13 @@ class Sampling(TypedDict, total=False):
 class Generation(Sampling, total=False):
     """Everything a request may hold beside its prompt.
 
-    `messages` (each with role and content) or `token_ids` stand in place of a prompt. `adapter` names one adapter,
-    `mix` several with their weights; without either, the base answers.
+    `messages` (each with role and content) or `token_ids` stand in place of a prompt. `parse_special` says whether the
+    text of a special token in a prompt is that token (it is by default); in `messages` it never is. `adapter` names one
+    adapter, `mix` several with their weights; without either, the base answers.
     """
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[ChatTurn]
+    parse_special: bool
     token_ids: Sequence[int]
     adapter: str
     mix: Mapping[str, float]
@@ -182,7 +187,7 @@ class Adapter:
     """An adapter as the server sees it.
 
     `state` is "registered", "loading", "ready", "draining", "failed" or "unloaded"; `residency` "disk", "host" or
-    "device".
+    "device". `warnings` are sentences about what is served and hardly meant.
     """
 
     name: str
@@ -203,6 +208,7 @@ class Adapter:
     load_seconds: float
     error: str
     merged: bool
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

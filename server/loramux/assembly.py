@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -16,8 +15,10 @@ from loramux.engine.request import Request
 from loramux.engine.settings import EngineSettings
 from loramux.errors import LoramuxError, StartupError
 from loramux.lora.adapter import Adapter
+from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.entry import LoadedAdapter
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.hub import Hub
 from loramux.lora.in_base import AdapterInBase
 from loramux.lora.limits import ReadLimits
@@ -27,11 +28,13 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
-from loramux.model.embedded import cache_root
+from loramux.model.embedded import EMBEDDED, cache_root
 from loramux.model.kv_capacity import kv_blocks, step_bytes
-from loramux.model.loading import LoadedModel, Progress, load_model
+from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.tokenizer import IdsOnly
+from loramux.ops.cpu.build import wanted_isa
 from loramux.ops.site import Site
+from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
 from loramux.rpc.server import Parts, Server
 from loramux.values import StartAdapter
@@ -50,13 +53,22 @@ class Application:
     server: Server
 
 
-def prepare_model(
-    settings: Settings, progress: Progress | None = None, compiling: Progress | None = None
-) -> LoadedModel:
+def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedModel:
     """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError.
 
-    `progress` and `compiling` are told what `load_model` tells them.
+    The device and LORAMUX_ISA are looked at first. `phases` is told what is done.
     """
+    phases = phases or Phases(None)
+    if pick_device(settings.device).type == "cpu":
+        wanted_isa()
+    weights = phases.counting("Loading weights")
+
+    def progress(done: int, total: int) -> None:
+        weights(done, total)
+        if done == total:
+            phases.begin("Testing the model")
+
+    phases.begin(f"Opening {settings.model}")
     merged = settings.merged
     merging: Callable[[Sequence[Site]], Delta] | None = None
     if merged is not None:
@@ -69,13 +81,14 @@ def prepare_model(
             max_context=settings.max_context,
             batch_invariant=settings.batch_invariant,
             progress=progress,
-            compiling=compiling,
+            compiling=phases.counting("Compiling native operations"),
             merging=merging,
         )
     except LoramuxError as error:
         if merged is None or isinstance(error, StartupError):
             raise
         raise StartupError(f"--merged {merged.name}: {error.message}") from error
+    phases.begin("Making the KV cache")
     model = loaded.model
     if model.shortcut is not None and model.device.type == "cpu":
         # All that is worth several threads has those of the native operations. Torch's own may spin for
@@ -90,6 +103,7 @@ def prepare_model(
     except torch.OutOfMemoryError as error:
         raise StartupError(f"--kv-memory: {blocks} blocks of {block_size} tokens do not fit: {error}") from error
     if model.can_capture:
+        phases.begin("Capturing decode steps")
         model.capture_decode_steps(settings.max_batch_rows)
     return loaded
 
@@ -120,25 +134,33 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
         EngineSettings(
             max_batch_rows=settings.max_batch_rows,
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_batch_rows),
+            step_target=settings.step_target,
             max_queue=settings.max_queue,
             max_n=settings.max_n,
             max_stop_strings=settings.max_stop_strings,
             max_top_logprobs=settings.max_top_logprobs,
             max_mix=settings.max_mix,
+            max_chat_turns=settings.max_chat_turns,
         ),
         on_finish=give_back,
     )
     limits = ReadLimits()
+    embedded = EMBEDDED.get(settings.model)
+    base = Base(
+        settings.model if embedded is None else embedded.hub_id,
+        None if loaded.tokenizer is None else loaded.tokenizer.chat_template,
+        model.dense_weights(),
+    )
     read = _leaking if os.environ.get(LEAK_VARIABLE) == "adapters" else _plain
 
     # Where the device has its own memory, what is put out of it comes back from a copy that was never given up.
     keep = model.device.type != "cpu" and settings.adapter_host_memory > 0
 
-    def read_and_place(folder: Path) -> LoadedAdapter:
+    def read_and_place(folder: AdapterFolder) -> LoadedAdapter:
         if isinstance(loaded.merged, Delta):
             ((merged, _),) = loaded.merged.terms
             return AdapterInBase.of(merged, len(model.sites), model.dtype)
-        files = read_adapter(folder, model.sites, limits=limits)
+        files = read_adapter(folder, model.sites, limits=limits, base=base)
         return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize, keep=keep))
 
     def place(adapter: Adapter) -> Adapter:

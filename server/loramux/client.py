@@ -29,6 +29,7 @@ from loramux import messages
 from loramux.answers import (
     Adapter,
     AdapterList,
+    ChatTurn,
     Completion,
     Delta,
     Finished,
@@ -56,6 +57,7 @@ __all__ = [
     "AdminClient",
     "AsyncAdminClient",
     "AsyncClient",
+    "ChatTurn",
     "Client",
     "Completion",
     "Connection",
@@ -109,18 +111,20 @@ class Client(SyncLink):
         self,
         prompt: str | None = None,
         *,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[ChatTurn] | None = None,
+        parse_special: bool | None = None,
         timeout: float | None = None,
     ) -> int:
-        """How many tokens a prompt or a conversation takes."""
-        message = generation_pb2.CountTokensRequest()
+        """How many tokens a prompt or a conversation takes; raises what `generate` does for one that is too long."""
+        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
         put_input(message, prompt, messages, None)
         counted = self._call(self._stub.CountTokens, message, timeout)
         return int(counted.tokens)
 
-    def tokenize(self, prompt: str, *, timeout: float | None = None) -> list[int]:
+    def tokenize(self, prompt: str, *, parse_special: bool | None = None, timeout: float | None = None) -> list[int]:
         """The ids of a prompt."""
-        message = generation_pb2.CountTokensRequest(prompt=prompt)
+        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
+        put_input(message, prompt, None, None)
         return list((self._call(self._stub.CountTokens, message, timeout)).token_ids)
 
     def model(self, *, timeout: float | None = None) -> Model:
@@ -158,18 +162,22 @@ class AsyncClient(AsyncLink):
         self,
         prompt: str | None = None,
         *,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[ChatTurn] | None = None,
+        parse_special: bool | None = None,
         timeout: float | None = None,
     ) -> int:
-        """How many tokens a prompt or a conversation takes."""
-        message = generation_pb2.CountTokensRequest()
+        """How many tokens a prompt or a conversation takes; raises what `generate` does for one that is too long."""
+        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
         put_input(message, prompt, messages, None)
         counted = await self._call(self._stub.CountTokens, message, timeout)
         return int(counted.tokens)
 
-    async def tokenize(self, prompt: str, *, timeout: float | None = None) -> list[int]:
+    async def tokenize(
+        self, prompt: str, *, parse_special: bool | None = None, timeout: float | None = None
+    ) -> list[int]:
         """The ids of a prompt."""
-        message = generation_pb2.CountTokensRequest(prompt=prompt)
+        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
+        put_input(message, prompt, None, None)
         return list((await self._call(self._stub.CountTokens, message, timeout)).token_ids)
 
     async def model(self, *, timeout: float | None = None) -> Model:

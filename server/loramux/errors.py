@@ -5,12 +5,14 @@
     ├── InvalidAdapter        INVALID_ARGUMENT     files that cannot be served on this base (PreconditionFailure detail)
     ├── AdapterUnavailable    FAILED_PRECONDITION  a registered adapter that failed to load, or cannot be used now
     ├── AdapterNotFound       NOT_FOUND            no adapter of that name (ResourceInfo detail)
+    ├── UnknownService        NOT_FOUND            health of a service that this port does not serve
     ├── AdapterExists         ALREADY_EXISTS       the name holds other content and `replace` was not given
     ├── FolderExists          ALREADY_EXISTS       a folder to be written is there already
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
     ├── WrongScope            PERMISSION_DENIED    a token that is good for the other port only
     ├── Unauthenticated       UNAUTHENTICATED      no token, or a wrong one
-    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full, a client that never reads (RetryInfo detail)
+    ├── Overloaded            RESOURCE_EXHAUSTED   queue full, budget full (RetryInfo detail, if trying again may help)
+    ├── SlowReader            ABORTED              a client that does not read what it asked for
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    the request's deadline passed; its work has stopped
     ├── Cancelled             CANCELLED            the client or an operator cancelled the request
     ├── Draining              UNAVAILABLE          the server is shutting down (RetryInfo detail)
@@ -27,6 +29,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import ClassVar
+
+_LONGEST_NAME = 128  # characters of a name that does not exist, in the sentence that says so
 
 
 class LoramuxError(Exception):
@@ -96,13 +100,23 @@ class AdapterNotFound(LoramuxError):
     status = "NOT_FOUND"
     reason = "ADAPTER_NOT_FOUND"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, hint: str = "", message: str = "") -> None:
+        """`hint`: what else is known, as a sentence; `message`: the whole text, where a server has written it."""
+        name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
         super().__init__(
-            f"adapter {name!r} is not loaded; `loramux adapters list` shows the names that are, "
-            "and an empty adapter name asks for the base model",
+            message
+            or f"adapter {name!r} is not loaded; {hint + '; ' if hint else ''}`loramux adapters list` shows the names "
+            "that are, and an empty adapter name asks for the base model",
             metadata={"adapter": name},
         )
         self.name = name
+
+
+class UnknownService(LoramuxError):
+    """The health of a service was asked for that this port does not serve."""
+
+    status = "NOT_FOUND"
+    reason = "UNKNOWN_SERVICE"
 
 
 class AdapterExists(LoramuxError):
@@ -141,7 +155,7 @@ class Unauthenticated(LoramuxError):
 
 
 class Overloaded(LoramuxError):
-    """Something bounded is full. `retry_after` is in seconds."""
+    """Something bounded is full. `retry_after` is in seconds; None: it stays full until somebody makes room."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
@@ -150,12 +164,19 @@ class Overloaded(LoramuxError):
         self,
         message: str,
         *,
-        retry_after: float = 1.0,
+        retry_after: float | None = 1.0,
         reason: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message, reason=reason, metadata=metadata)
         self.retry_after = retry_after
+
+
+class SlowReader(LoramuxError):
+    """The client does not read its stream. Sent again as it is, the request would end the same way."""
+
+    status = "ABORTED"
+    reason = "SLOW_READER"
 
 
 class DeadlineExceeded(LoramuxError):
@@ -214,7 +235,7 @@ class EngineFault(LoramuxError):
 
 
 class StartupError(LoramuxError):
-    """The server cannot start; the command line prints the sentence and exits with 2."""
+    """The server cannot start; the command line prints the sentence and exits with 1."""
 
     reason = "STARTUP"
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 import grpc
 
 from loramux.errors import Draining, EngineFault, Overloaded
+from loramux.lora.folder import as_folder
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.merge_root import MergeRoot
 from loramux.new_folder import check_new
@@ -100,7 +101,11 @@ class MergeProcess:
         return out
 
     def _job(self, ingredients: Sequence[Ingredient], out: Path, dtype: str) -> bytes:
-        parts = [(i.name, str(i.folder), i.weight, i.digest) for i in ingredients]
+        folders = [as_folder(i.folder) for i in ingredients]
+        parts = [
+            (i.name, str(folder), [str(root) for root in folder.roots], i.weight, i.digest)
+            for i, folder in zip(ingredients, folders, strict=True)
+        ]
         return json.dumps({"model": self._model, "parts": parts, "out": str(out), "dtype": dtype}).encode()
 
 

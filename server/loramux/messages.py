@@ -11,6 +11,7 @@ from datetime import UTC
 from loramux.answers import (
     Adapter,
     AdapterList,
+    ChatTurn,
     Completion,
     Delta,
     Finished,
@@ -44,7 +45,7 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
     for name, value in given.items():
         if name in ("messages", "token_ids", "mix") or value is None:
             continue
-        if name in ("adapter", "request_id", "cache_salt", "priority"):
+        if name in ("adapter", "request_id", "cache_salt", "priority", "parse_special"):
             _put(message, name, name, value)
         elif name in Sampling.__annotations__:
             one_stop = name == "stop" and isinstance(value, str)
@@ -57,18 +58,17 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
 def put_input(
     message: generation_pb2.GenerateRequest | generation_pb2.CountTokensRequest,
     prompt: str | None,
-    messages: Sequence[Mapping[str, str]] | None,
+    messages: Sequence[ChatTurn] | None,
     token_ids: Sequence[int] | None,
 ) -> None:
-    """Set the one input that is given. Raises TypeError for none or several."""
+    """Set the one input that is given. Raises TypeError for none or several, InvalidRequest for what cannot be sent."""
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
         raise TypeError("give exactly one of prompt, messages and token_ids")
     if prompt is not None:
         _put(message, "prompt", "prompt", prompt)
     elif messages is not None:
         message.chat.SetInParent()
-        for turn in messages:
-            message.chat.messages.add(role=turn["role"], content=turn["content"])
+        message.chat.messages.extend(_turn(turn, f"messages[{i}]") for i, turn in enumerate(messages))
     elif token_ids is not None:
         message.token_ids.SetInParent()
         _put(message.token_ids, "ids", "token_ids", token_ids)
@@ -82,6 +82,51 @@ def unload_request(
     if drain_timeout is not None:
         message.drain_timeout.FromNanoseconds(int(drain_timeout * 1e9))
     return message
+
+
+def _turn(turn: object, where: str) -> generation_pb2.ChatMessage:
+    """A turn as OpenAI's clients write it, as far as it is text. Raises InvalidRequest for the rest, by its name."""
+    if not isinstance(turn, Mapping):
+        raise InvalidRequest(where, f"must be a mapping with role and content, got {_short(turn)}")
+    for key, value in turn.items():
+        if key not in ("role", "content") and value not in (None, []):  # SDKs write down what is not there
+            raise InvalidRequest(f"{where}.{key}", "is not supported; a turn has role and content, both of them text")
+    message = generation_pb2.ChatMessage()
+    for key in ("role", "content"):
+        if turn.get(key) is None:
+            raise InvalidRequest(f"{where}.{key}", "is missing; a turn has role and content, both of them text")
+    if not isinstance(turn["role"], str):
+        raise InvalidRequest(f"{where}.role", f"must be text, got {_short(turn['role'])}")
+    _put(message, "role", f"{where}.role", turn["role"])
+    _put(message, "content", f"{where}.content", _text(turn["content"], f"{where}.content"))
+    return message
+
+
+def _text(content: object, where: str) -> str:
+    """The text of a turn's content, whose parts follow each other directly. Raises InvalidRequest for other parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+        raise InvalidRequest(where, f"must be text or a list of text parts, got {_short(content)}")
+    return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+
+
+def _part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise InvalidRequest(where, f"must be a part with type and text, got {_short(part)}")
+    if part.get("type") != "text":
+        raise InvalidRequest(
+            where, f"is a part of type {_short(part.get('type'))}; the models here read text only: type 'text'"
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{where}.text", f"must be text, got {_short(text)}")
+    for key, value in part.items():
+        if key not in ("type", "text") and value is not None:
+            raise InvalidRequest(f"{where}.{key}", "is not supported; a text part has type and text")
+    return text
 
 
 def _put(message: object, name: str, field: str, value: object) -> None:
@@ -171,6 +216,7 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         load_seconds=message.load_time.ToNanoseconds() / 1e9,
         error=message.error,
         merged=message.merged,
+        warnings=tuple(message.warnings),
     )
 
 

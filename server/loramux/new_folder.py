@@ -37,7 +37,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise Overloaded(f"the disk of {target.parent} is full; free some of it", reason="DISK_FULL") from error
+        text = f"the disk of {target.parent} is full; free some of it"
+        raise Overloaded(text, retry_after=None, reason="DISK_FULL") from error
 
 
 @contextmanager

@@ -25,6 +25,7 @@ BAD_SAMPLING: list[tuple[str, dict[str, Any]]] = [
     ("sampling.temperature", {"temperature": -0.1}),
     ("sampling.temperature", {"temperature": NAN}),
     ("sampling.temperature", {"temperature": INF}),
+    ("sampling.temperature", {"temperature": 1e308}),  # finite, and no float32
     ("sampling.top_k", {"top_k": -1}),
     ("sampling.top_p", {"top_p": 0.0}),
     ("sampling.top_p", {"top_p": 1.1}),
@@ -36,6 +37,8 @@ BAD_SAMPLING: list[tuple[str, dict[str, Any]]] = [
     ("sampling.seed", {"seed": 2**64}),
     ("sampling.repetition_penalty", {"repetition_penalty": 0.0}),
     ("sampling.repetition_penalty", {"repetition_penalty": 10.5}),
+    ("sampling.repetition_penalty", {"repetition_penalty": 1e-38}),  # logits divided by it are infinite
+    ("sampling.repetition_penalty", {"repetition_penalty": 5e-324}),
     ("sampling.repetition_penalty", {"repetition_penalty": NAN}),
     ("sampling.frequency_penalty", {"frequency_penalty": 2.1}),
     ("sampling.frequency_penalty", {"frequency_penalty": NAN}),
@@ -47,6 +50,7 @@ BAD_SAMPLING: list[tuple[str, dict[str, Any]]] = [
     ("sampling.logit_bias", {"logit_bias": dict.fromkeys(range(1025), 1.0)}),
     ("sampling.logit_bias[5]", {"logit_bias": {5: NAN}}),
     ("sampling.logit_bias[5]", {"logit_bias": {5: 100.5}}),
+    ("sampling.logit_bias[5]", {"logit_bias": {5: -1e39}}),
     ("sampling.stop", {"stop": ("x",) * 17}),
     ("sampling.stop[1]", {"stop": ("x", "")}),
     ("sampling.stop[0]", {"stop": ("x" * 257,)}),
@@ -64,6 +68,10 @@ BAD_REQUEST: list[tuple[str, dict[str, Any]]] = [
     ("priority", {"priority": 101}),
     ("priority", {"priority": -101}),
     ("mix", {"adapters": (AdapterUse(FakeAdapter("a", "a-1")),) * 9}),
+    *(
+        ("mix[1].weight", {"adapters": (AdapterUse(adapter("a")), AdapterUse(adapter("b"), weight))})
+        for weight in (1e39, -1e300, 3.5e38, 65536.0, 10_000.1, INF, -INF, NAN)
+    ),
 ]
 
 
@@ -96,7 +104,8 @@ def test_bad_request_is_refused_by_field(field: str, knobs: dict[str, Any]) -> N
         {"n": 16, "max_new_tokens": 1, "top_k": 2**32 - 1, "top_p": 1.0, "min_p": 1.0, "seed": 2**64 - 1},
         {"max_new_tokens": 2**32 - 1, "min_new_tokens": 2**32 - 1},  # bounded by the context, not refused
         {"repetition_penalty": 10.0, "frequency_penalty": -2.0, "presence_penalty": 2.0, "top_logprobs": 20},
-        {"logit_bias": {99: 100.0, 0: -100.0}, "stop": ("x" * 256,) * 16, "temperature": 1e30},
+        {"logit_bias": {99: 100.0, 0: -100.0}, "stop": ("x" * 256,) * 16, "temperature": 3.4e38},
+        {"temperature": 5e-324, "min_p": 5e-324, "top_p": 5e-324, "repetition_penalty": 1e-6},
         {"stop_token_ids": frozenset(range(64)), "top_p": 1e-9},
     ],
 )
@@ -107,7 +116,7 @@ def test_the_limits_themselves_are_allowed(knobs: dict[str, Any]) -> None:
         request_id="x" * 128,
         cache_salt="x" * 256,
         priority=-100,
-        adapters=(AdapterUse(FakeAdapter("a", "a-1"), -0.5),) * 8,
+        adapters=tuple(AdapterUse(adapter("a"), w) for w in (-0.5, 0.0, 5e-324, 1e-45, 1e-39, 1e4, -1e4, 1.0)),
     )
 
 

@@ -97,12 +97,13 @@ def test_deadline_while_running(steps: int) -> None:
 
 
 def test_fault_in_the_model_fails_that_step_only() -> None:
+    """Halves of the step are tried, so it takes a fault that stays: the step, two halves, a token of the base."""
     bench = Bench(max_batch_rows=2)
     victims = [request([1, 2, 3, 4, 5]), request([2])]
     waiting = request([3])
     bench.submit(*victims, waiting)
     bench.engine.step()
-    bench.model.fail_steps = 1
+    bench.model.fail_steps = 4
     assert bench.engine.step()
     for r in victims:
         assert isinstance(bench.error(r), EngineFault)
@@ -110,6 +111,17 @@ def test_fault_in_the_model_fails_that_step_only() -> None:
     assert bench.engine.healthy
     bench.run()
     assert bench.tokens(waiting) == expected([3])
+    bench.assert_baseline()
+
+
+def test_fault_that_passes_harms_nobody() -> None:
+    bench = Bench()
+    requests = [request([1, 2, 3, 4, 5]), request([2], n=2)]
+    bench.submit(*requests)
+    bench.engine.step()
+    bench.model.fail_steps = 1
+    bench.run()
+    assert [bench.tokens(r) for r in requests] == [expected(r.prompt_ids) for r in requests]
     bench.assert_baseline()
 
 
@@ -127,8 +139,9 @@ def test_half_written_blocks_are_not_offered_to_others() -> None:
 
 
 def test_repeated_faults_make_it_unhealthy_until_a_step_succeeds() -> None:
+    """A step has failed if a token of the base, which no request can harm, fails after it."""
     bench = Bench(max_consecutive_faults=2)
-    bench.model.fail_steps = 2
+    bench.model.fail_steps = 4
     for _ in range(2):
         assert bench.engine.healthy
         bench.submit(request([1]))

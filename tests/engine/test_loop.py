@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from loramux.engine import sampler
+from loramux.engine.batch import Batch
+from loramux.engine.engine import Engine
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Delta, Event, Request, SequenceFinished
 from loramux.engine.settings import EngineSettings
@@ -22,9 +24,12 @@ from loramux.errors import (
     InvalidRequest,
     LoramuxError,
     Overloaded,
+    SlowReader,
 )
 from loramux.model.inputs import ModelInputs
 from torch import Tensor
+
+from tests.patience import PATIENCE
 
 from .fakes import FakeAdapter, FakeModel, adapter, byte_tokenizer, expected, request
 
@@ -43,7 +48,7 @@ class GatedModel(FakeModel):
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         if not self.is_open:
-            assert self.permits.acquire(timeout=20)
+            assert self.permits.acquire(timeout=PATIENCE)
         return super().forward(inputs)
 
 
@@ -62,14 +67,12 @@ class Server:
         return caught.value
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        for _ in range(2000):
-            if condition():
-                return
-            await asyncio.sleep(0.005)
-        raise AssertionError("did not come true")
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await asyncio.sleep(0.005)
 
     async def assert_baseline(self, *requests: Request) -> None:
-        await self.until(lambda: self.engine.stats().kv_blocks_used == 0)
+        await self.until(lambda: self.engine.stats().kv_blocks_used == 0 and len(self.finished) >= len(requests))
         stats = self.engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert sorted(map(id, self.finished)) == sorted(map(id, requests)), "leases: once each"
@@ -158,7 +161,7 @@ async def test_reader_far_behind_loses_its_request_only() -> None:
             seen.append(await (starts[1] if not seen else anext(good_events)))
         assert isinstance(await anext(good_events), SequenceFinished)
         assert [t for e in seen if isinstance(e, Delta) for t in e.token_ids] == expected([2], count=30)
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(SlowReader) as caught:
             [event async for event in events]
         assert caught.value.reason == "SLOW_READER"
         await good_events.aclose()
@@ -240,7 +243,7 @@ async def test_deadline_wakes_an_idle_engine() -> None:
     async with serve(load_poll_seconds=60.0) as server:
         loop = asyncio.get_running_loop()
         r = request([1], FakeAdapter("slow", "slow-1"), deadline=loop.time() + 0.05)
-        assert isinstance(await asyncio.wait_for(server.failure(r), 5), DeadlineExceeded)
+        assert isinstance(await asyncio.wait_for(server.failure(r), PATIENCE), DeadlineExceeded)
         await server.assert_baseline(r)
 
 
@@ -254,7 +257,7 @@ async def test_finished_load_wakes_the_engine(announced: bool) -> None:
         slow.load()
         if announced:
             server.engine.wake()
-        assert await asyncio.wait_for(task, 5) == expected([1], r.adapters)
+        assert await asyncio.wait_for(task, PATIENCE) == expected([1], r.adapters)
 
 
 async def test_failed_load_is_raised_to_each_reader() -> None:
@@ -269,20 +272,58 @@ async def test_failed_load_is_raised_to_each_reader() -> None:
         await server.assert_baseline(*requests)
 
 
+class Waits(threading.Event):
+    """The engine's own event; it counts how often the engine went to sleep, and says whether it sleeps now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps = 0
+        self.asleep = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is None, "without requests there is nothing to look at later"
+        self.sleeps += 1
+        self.asleep = True
+        super().wait()
+        self.asleep = False
+        return True
+
+
 async def test_idle_engine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No spinning: without requests the engine thread does not step at all."""
+    """No spinning: without requests the engine's thread looks for work once each time it is woken, then waits until
+    it is woken again. What counts is where it waits, not for how long nothing was seen to happen."""
+    monkeypatch.setattr("loramux.engine.loop.threading.Event", Waits)
+    looks = 0
+    plain = Engine.prepare
+
+    def counting(engine: Engine) -> Batch | None:
+        nonlocal looks
+        looks += 1
+        return plain(engine)
+
+    monkeypatch.setattr(Engine, "prepare", counting)
     async with serve() as server:
+        wake = server.engine._wake
+        assert isinstance(wake, Waits)
         await server.answer(request([1]))
-        engine = server.engine._engine
-        plain, calls = engine.step, []
+        for _ in range(3):
+            await server.until(lambda: wake.asleep and not wake.is_set())  # a busy engine never is
+            before, slept = looks, wake.sleeps
+            server.engine.wake()
+            await server.until(lambda slept=slept: wake.sleeps > slept)  # type: ignore[misc]
+            assert (looks, wake.sleeps) == (before + 1, slept + 1)
 
-        def counting() -> bool:
-            calls.append(1)
-            return plain()
 
-        monkeypatch.setattr(engine, "step", counting)
-        await asyncio.sleep(0.1)
-        assert len(calls) <= 1  # it may have been on its way to sleep
+async def test_a_far_deadline_is_no_reason_to_die() -> None:
+    """`wait` takes no more than 292 years; a client may give its call 11,000 of them."""
+    async with serve(load_poll_seconds=1e30) as server:
+        slow = FakeAdapter("slow", "slow-1")
+        r = request([1], slow, deadline=3.6e11)
+        task = asyncio.create_task(server.answer(r))
+        await server.until(lambda: server.engine.stats().waiting == 1)
+        slow.load()
+        server.engine.wake()
+        assert await task == expected([1], r.adapters)
 
 
 async def test_drain_lets_running_requests_finish() -> None:
@@ -349,7 +390,7 @@ async def test_death_of_the_thread_fails_everything_at_once(monkeypatch: pytest.
         await asyncio.sleep(0)
         monkeypatch.setattr(server.engine._engine, "prepare", broken)
         server.model.open()
-        errors = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        errors = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
         assert {type(e) for e in errors} == {EngineFault}
         assert not server.engine.healthy
         after = request([3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,10 +17,7 @@ VOCAB = 1000
 
 @dataclass
 class Behaviour:
-    """What the fake does. Times in seconds; `delta_sizes` are cycled through until the answer is complete.
-
-    `stall_on_load` is for how long after a load starts no stream gets a token.
-    """
+    """What the fake does. Times in seconds; `delta_sizes` are cycled through until the answer is complete."""
 
     first_token: float = 0.0
     between: float = 0.0
@@ -30,7 +26,6 @@ class Behaviour:
     short_by: int = 0
     answer_from: str = ""
     fail_load_at: int = -1
-    stall_on_load: float = 0.0
     forget_to_free: bool = False
     resident: int = 100 << 20
     grow_per_load: int = 0
@@ -51,7 +46,6 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
         self.unloaded_in_use = 0
         self.running = 0
         self.peak = 0
-        self.stalled_until = 0.0
         self.target = ""
         self.metrics = ""
 
@@ -79,7 +73,6 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
             turn = 0
             while left > 0:
                 await asyncio.sleep(how.between if turn else how.first_token)
-                await asyncio.sleep(self.stalled_until - time.monotonic())
                 size = min(left, how.delta_sizes[turn % len(how.delta_sizes)])
                 delta = generation_pb2.StreamDelta(text="x" * size, token_ids=range(size))
                 yield generation_pb2.GenerateStreamResponse(delta=delta)
@@ -95,7 +88,6 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapters_pb2_grp
             self.leases[uid] -= 1
 
     async def LoadAdapter(self, request: Any, context: Any) -> adapters_pb2.LoadAdapterResponse:
-        self.stalled_until = time.monotonic() + self.behaviour.stall_on_load
         if self.loads == self.behaviour.fail_load_at:
             self.loads += 1
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "a bad adapter")

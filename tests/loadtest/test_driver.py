@@ -1,20 +1,21 @@
-"""The driver against a server that answers when the test says so: real gRPC, real clocks, tolerant bounds."""
+"""The driver against a server that answers when the test says so; times are on a clock of the test's own."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
 from loramux.errors import AdapterNotFound, EngineFault
 
 from loadtest.bench import BenchSpec, bench, choose_adapters, load_folders
-from loadtest.driver import drive, status_of
+from loadtest.driver import DriveResult, StreamOpener, drive, status_of
+from loadtest.report import summarize
 from loadtest.target import Target
 from loadtest.workload import PlannedRequest, WorkloadSpec, plan
 from tests.loadtest.fakes import VOCAB, Behaviour, serving
+from tests.virtual_time import Clock, run_virtual
 
 WORK = WorkloadSpec(num_prompts=4, prompt_len=6, output_len=5, vocab_size=VOCAB)
 
@@ -26,29 +27,46 @@ async def run(behaviour: Behaviour, workload: WorkloadSpec = WORK, **spec: objec
         return await bench(target, BenchSpec(workload, **spec))  # type: ignore[arg-type]
 
 
-async def test_times_are_those_of_the_server() -> None:
-    summary = await run(Behaviour(first_token=0.1, between=0.04), concurrency=4)
+def answering(first_token: float, between: float, sizes: Sequence[int]) -> StreamOpener:
+    """Answers of deltas of `sizes` tokens, after a message without any, as servers send it at once."""
+
+    async def open_stream(request: PlannedRequest) -> AsyncIterator[int]:
+        yield 0
+        for i, tokens in enumerate(sizes):
+            await asyncio.sleep(between if i else first_token)
+            yield tokens
+
+    return open_stream
+
+
+def test_times_are_those_of_the_server() -> None:
+    """The first message is not the first token: taking it for one would report a TTFT of nothing."""
+    stream = answering(0.1, 0.04, [1] * 5)
+    result = run_virtual(lambda clock: drive(stream, plan(WORK), concurrency=4, clock=clock))
+    summary = summarize(result.records, result.duration)
     assert (summary["completed"], summary["failed"]) == (4, 0)
-    assert summary["median_ttft_ms"] == pytest.approx(100, abs=40)
-    assert summary["median_itl_ms"] == pytest.approx(40, abs=15)
-    assert summary["median_tpot_ms"] == pytest.approx(40, abs=15)
-    assert summary["median_e2el_ms"] == pytest.approx(100 + 4 * 40, abs=80)
+    assert summary["median_ttft_ms"] == pytest.approx(100)
+    assert summary["median_itl_ms"] == pytest.approx(40)
+    assert summary["median_tpot_ms"] == pytest.approx(40)
+    assert summary["median_e2el_ms"] == pytest.approx(100 + 4 * 40)
     assert summary["total_input_tokens"] == 24
     assert summary["total_output_tokens"] == 20
 
 
-async def test_started_is_not_the_first_token() -> None:
-    """The `started` message comes at once; taking it for a token would report a TTFT of nothing."""
-    summary = await run(Behaviour(first_token=0.15), concurrency=4)
-    assert summary["median_ttft_ms"] >= 140  # type: ignore[operator]
+def test_coalesced_deltas() -> None:
+    stream = answering(0.0, 0.06, [1, 2, 1, 1])
+    result = run_virtual(lambda clock: drive(stream, plan(WORK), concurrency=4, clock=clock))
+    summary = summarize(result.records, result.duration)
+    assert summary["total_output_tokens"] == 20
+    assert summary["tokens_per_delta"] == pytest.approx(5 / 4)
+    assert summary["median_itl_ms"] == pytest.approx(60)
+    assert summary["median_tpot_ms"] == pytest.approx(60 * 3 / 4)
 
 
-async def test_coalesced_deltas() -> None:
-    summary = await run(Behaviour(between=0.06, delta_sizes=(1, 2)), concurrency=4)
+async def test_a_message_without_tokens_is_none_of_the_deltas() -> None:
+    summary = await run(Behaviour(delta_sizes=(1, 2)), concurrency=4)
     assert summary["total_output_tokens"] == 20
     assert summary["tokens_per_delta"] == pytest.approx(5 / 4)  # 1 + 2 + 1 + 1 (two asked for, one left)
-    assert summary["median_itl_ms"] == pytest.approx(60, abs=20)
-    assert summary["median_tpot_ms"] == pytest.approx(60 * 3 / 4, abs=15)
 
 
 async def test_a_closed_loop_keeps_exactly_so_many_in_flight() -> None:
@@ -58,41 +76,39 @@ async def test_a_closed_loop_keeps_exactly_so_many_in_flight() -> None:
         assert at.fake.peak == 3
 
 
-async def test_an_open_loop_does_not_wait_for_answers() -> None:
+def test_an_open_loop_does_not_wait_for_answers() -> None:
     """A driver that waits sends slower to a slow server, and so hides how slow it is."""
-    async with serving(Behaviour(first_token=0.5)) as at, Target(at.address, at.address) as target:
-        spec = BenchSpec(replace(WORK, num_prompts=10, request_rate=100.0), concurrency=None)
-        summary = await bench(target, spec)
-        assert at.fake.peak == 10
-        assert summary["request_rate"] == 100.0
-        assert summary["duration"] < 1.5
+    arrivals: list[float] = []
+
+    async def main(clock: Clock) -> DriveResult:
+        async def open_stream(request: PlannedRequest) -> AsyncIterator[int]:
+            arrivals.append(clock())
+            await asyncio.sleep(100.0)
+            yield 5
+
+        return await drive(open_stream, requests, clock=clock)
+
+    requests = plan(replace(WORK, num_prompts=10, request_rate=100.0))
+    result = run_virtual(main)
+    assert sorted(arrivals) == pytest.approx(sorted(request.arrival for request in requests))
+    assert result.duration == pytest.approx(100.0 + max(request.arrival for request in requests))
 
 
-async def test_an_open_loop_counts_from_the_planned_arrival() -> None:
+def test_an_open_loop_counts_from_the_planned_arrival() -> None:
     """If the driver is late, the wait is in the latency: otherwise a stall of the driver would vanish from it."""
 
-    async def open_stream(request: PlannedRequest) -> AsyncIterator[int]:
-        if request.index == 0:
-            time.sleep(0.2)  # noqa: ASYNC251  the driver's loop stands still
-        yield 1
+    async def main(clock: Clock) -> DriveResult:
+        async def open_stream(request: PlannedRequest) -> AsyncIterator[int]:
+            if request.index == 0:
+                clock.pass_by(0.2)  # the driver's loop stands still
+            yield 1
 
-    requests = plan(replace(WORK, num_prompts=2, output_len=1, request_rate=1e6))
-    result = await drive(open_stream, requests)
-    late = next(r for r in result.records if r.start == max(record.start for record in result.records))
-    assert late.ttft >= 0.19
+        return await drive(open_stream, requests, clock=clock)
+
+    requests = [PlannedRequest(i, i * 0.1, "", (1,), 1) for i in range(2)]
+    result = run_virtual(main)
+    assert [record.ttft for record in result.records] == pytest.approx([0.2, 0.1])
     assert result.lag_ms_p99 >= 100
-
-
-async def test_arrivals_are_kept() -> None:
-    seen: list[float] = []
-
-    async def open_stream(request: PlannedRequest) -> AsyncIterator[int]:
-        seen.append(time.perf_counter())
-        yield 1
-
-    requests = [PlannedRequest(i, i * 0.05, "", (1,), 1) for i in range(5)]
-    await drive(open_stream, requests)
-    assert [later - seen[0] for later in seen] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2], abs=0.03)
 
 
 async def test_adapters_are_named_and_counted() -> None:
@@ -165,7 +181,7 @@ async def test_an_interrupted_run_leaves_no_task_behind() -> None:
         yield 1
 
     task = asyncio.create_task(drive(open_stream, plan(WORK), concurrency=4))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

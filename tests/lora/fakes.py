@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 from loramux.lora.snapshot import folder_digest
@@ -23,6 +24,7 @@ class FakeAdapter:
     max_rank: int = 8
     target_modules: tuple[str, ...] = ("q_proj",)
     site_count: int = 1
+    warnings: tuple[str, ...] = ()
     mixable: bool = True
 
     @property
@@ -51,10 +53,10 @@ class FakeReader:
         (folder / WEIGHTS_FILE).write_bytes(content)
         return folder
 
-    def __call__(self, folder: Path) -> FakeAdapter:
+    def __call__(self, folder: AdapterFolder) -> FakeAdapter:
         self.reads += 1
         assert self.gate.wait(30), "a test forgot to open the gate"
         if self.error is not None:
             raise self.error
-        nbytes = (folder / WEIGHTS_FILE).stat().st_size
+        nbytes = (folder.path / WEIGHTS_FILE).stat().st_size
         return FakeAdapter(nbytes, folder_digest(folder, ReadLimits()))

@@ -65,10 +65,12 @@ def config(**fields: object) -> dict[str, object]:
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor] | None = None, **fields: object) -> Path:
-    """A whole adapter folder; without `tensors` a good one for Q0."""
+    """A whole adapter folder; without `tensors` a good one for Q0. Its config selects what the tensors are for."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(config(**fields)))
-    save_file(dict(factors(Q0) if tensors is None else tensors), folder / WEIGHTS_FILE)
+    tensors = factors(Q0) if tensors is None else tensors
+    modules = {key.partition(".lora_")[0].rpartition(".")[2] for key in tensors if ".lora_" in key}
+    (folder / CONFIG_FILE).write_text(json.dumps(config(**{"target_modules": sorted(modules), **fields})))
+    save_file(dict(tensors), folder / WEIGHTS_FILE)
     return folder
 
 

@@ -21,17 +21,11 @@ def parse(**fields: object) -> PeftConfig:
 
 REFUSED: dict[str, list[object]] = {
     "peft_type": ["LOHA", "ADALORA", "lora"],
-    "bias": ["all", "lora_only"],
     "use_dora": ["yes", 1],
     "use_qalora": ["yes", 1],
-    "modules_to_save": [["classifier"]],
-    "trainable_token_indices": [[1, 2], {"embed_tokens": [1]}],
     "layer_replication": [[[0, 4], [2, 5]]],
-    "target_parameters": [["experts.gate_up_proj"]],
     "alora_invocation_tokens": [[], [5, 6]],
-    "velora_config": [{}, {"num_groups": 4}],
     "kasa_config": [{}, {"beta": 1e-4}],
-    "monteclora_config": [{}, {"num_samples": 8}],
     "arrow_config": [{}, {"top_k": 3}],
     "use_bdlora": [{}, {"nblocks": 2}],
     "init_lora_weights": [
@@ -39,12 +33,23 @@ REFUSED: dict[str, list[object]] = {
         "something_new",
     ],
     "target_modules": [["q_proj", "embed_tokens"], ["lm_head"], ["model.embed_tokens"], "lm_head", ["wte"]],
-    "r": [0, -1, 1.5, True, "8", None],
-    "lora_alpha": ["16", None, True],
+    "bias": ["some", True],
+    "modules_to_save": ["classifier", {"score": 1}],
+    "r": [0, -1, 1.5, True, "8", None, 2**40, 10**400],
+    "lora_alpha": ["16", None, True, 1e308, -1e300, 10**400],
     "use_rslora": ["yes", 1],
     "lora_bias": [None, 1],
-    "rank_pattern": [[], "q_proj", {"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": True}, {"q_proj": "8"}, {"(": 4}],
-    "alpha_pattern": [{"q_proj": "8"}, {"q_proj": None}, {"q_proj": True}],
+    "rank_pattern": [
+        [],
+        "q_proj",
+        {"q_proj": 0},
+        {"q_proj": 2.5},
+        {"q_proj": True},
+        {"q_proj": "8"},
+        {"(": 4},
+        {"q": 10**400},
+    ],
+    "alpha_pattern": [{"q_proj": "8"}, {"q_proj": None}, {"q_proj": True}, {"q_proj": 1e308}, {"q_proj": -(10**400)}],
     "some_new_field": [True, 0.5, 0, "on", [1], {"a": 1}],
 }
 
@@ -62,15 +67,9 @@ def test_refused_by_name(field: str, value: object) -> None:
 
 WAYS_OUT: dict[str, tuple[dict[str, object], str]] = {
     "another method": ({"peft_type": "LOHA"}, "`save_as_lora(out, model, rank=...)`"),
-    "bias": ({"bias": "all"}, "train with bias='none'"),
-    "modules_to_save": ({"modules_to_save": ["score"]}, "train without it"),
-    "token indices": ({"trainable_token_indices": [1]}, "train without it"),
     "replicated layers": ({"layer_replication": [[0, 4]]}, "train on the base as it is served"),
-    "parameters": ({"target_parameters": ["experts.up"]}, "train with target_modules"),
     "aLoRA": ({"alora_invocation_tokens": [5]}, "train with it unset"),
-    "VeLoRA": ({"velora_config": {}}, "set it to null and drop the lora_velora_embed tensors"),
     "KaSA": ({"kasa_config": {}}, "train with it unset"),
-    "MonteCLoRA": ({"monteclora_config": {}}, "set it to null and drop the lora_monteclora_sampler tensors"),
     "Arrow": ({"arrow_config": {}}, "load those adapters one by one, or ask for a `mix` of them"),
     "block diagonal": ({"use_bdlora": {}}, "write them out as full lora_A and lora_B"),
     **{
@@ -80,7 +79,7 @@ WAYS_OUT: dict[str, tuple[dict[str, object], str]] = {
     "LoftQ": ({"init_lora_weights": "loftq"}, "train with init_lora_weights=true"),
     "unknown init": ({"init_lora_weights": "new"}, "set it to true if it was not"),
     "embedding": ({"target_modules": ["wte"]}, "target_modules='all-linear'"),
-    "unknown field": ({"new": 1}, "remove it from adapter_config.json"),
+    "unknown field": ({"new": 1}, "remove those that do not, or update the server"),
     "DoRA with lora_bias": ({"use_dora": True, "lora_bias": True}, "train with lora_bias=false"),
     "DoRA with QA-LoRA": ({"use_dora": True, "use_qalora": True}, "train with one of the two"),
     "QA-LoRA with lora_bias": ({"use_qalora": True, "lora_bias": True}, "drop the lora_B.bias tensors"),
@@ -165,12 +164,16 @@ def test_megatron_core_is_never_imported() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "not valid JSON"),
+        (b"", "is empty"),
         (b"{", "not valid JSON"),
         (b"[]", "list"),
         (b"null", "NoneType"),
         (b'{"r": 8}', "peft_type"),
-        (b"\xff\xfe{}", "not valid JSON"),
+        (b"\xff\xfe{}", "UTF-16"),
+        (b'{"r": 8, "a": "\xff"}', "not valid JSON"),
+        (b'{"peft_type": null, "lora_alpha": 8}', 'add "peft_type": "LORA"'),
+        (b'{"lora_parameters": {"rank": 8}, "fine_tune_type": "lora"}', "MLX"),
+        (b'{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', "whole model"),
         (b'{"peft_type": "LORA", "r": 2, "r": 200}', "'r' appears twice"),
         (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
         (b'{"peft_type": "LORA", "lora_alpha": 1e999}', "lora_alpha"),
@@ -220,7 +223,7 @@ def test_patterns_that_people_write_are_fast(pattern: str) -> None:
     table = PatternTable.compile("rank_pattern", {pattern: 1})
     start = time.perf_counter()
     for _ in range(100):
-        table.find("base.model.layers.27.self_attn.some_longer_name.q_projection", 0)
+        table.find(["base.model.layers.27.self_attn.some_longer_name.q_projection"], 0)
     assert time.perf_counter() - start < 1.0
 
 
@@ -229,8 +232,44 @@ def test_the_first_matching_pattern_decides() -> None:
     assert parsed.rank_of("model.layers.0.self_attn.q_proj") == 3
     assert parsed.rank_of("model.layers.1.self_attn.q_proj") == 5
     assert parsed.rank_of("model.layers.1.self_attn.qq_proj") == 2
-    assert parsed.scale_of("model.layers.1.self_attn.q_proj", 5) == 7 / 5
-    assert parsed.scale_of("model.layers.1.mlp.up_proj", 2) == 2.0
+    assert parsed.scale_of(5, "model.layers.1.self_attn.q_proj") == 7 / 5
+    assert parsed.scale_of(2, "model.layers.1.mlp.up_proj") == 2.0
+
+
+def test_all_that_a_pattern_may_have_been_written_against_is_tried() -> None:
+    """In the order of the paths: what PEFT saw in training decides, if any pattern matched it."""
+    parsed = parse(rank_pattern={"^model.layers.0.+": 3, "^language_model.model.layers.0.+": 5})
+    trained, here = "language_model.model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"
+    assert parsed.rank_of(trained, here) == 5
+    assert parsed.rank_of("model.language_model.layers.0.self_attn.q_proj", here) == 3
+    assert parsed.rank_of("model.language_model.layers.1.self_attn.q_proj") == 2
+
+
+def test_all_unknown_fields_are_named_at_once() -> None:
+    """One a try made a user of another trainer load three times."""
+    fields = {f"field_{i}": i + 1 for i in range(20)}
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(**fields, known_to_be_unused=None)
+    assert all(f"{field} ({value})" in caught.value.message for field, value in fields.items())
+    assert "known_to_be_unused" not in caught.value.message
+
+
+def test_very_many_unknown_fields_are_one_short_message() -> None:
+    with pytest.raises(InvalidAdapter, match="and 968 more") as caught:
+        parse(**{f"field_{i}": "x" * 1000 for i in range(1000)})
+    assert len(caught.value.message) < 10_000
+
+
+def test_what_only_trainers_read_is_harmless() -> None:
+    assert parse(lorap_lr_ratio=16.0, lorap_emb_lr=1e-6, swift_type="LORA", merge_weights=True, seed=1).r == 2
+    with pytest.raises(InvalidAdapter, match="swift_type"):
+        parse(swift_type="LONGLORA")
+
+
+def test_without_peft_type_it_is_lora_if_it_looks_so() -> None:
+    parsed = parse_config(b'{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}')
+    assert (parsed.r, parsed.lora_alpha) == (4, 8)
+    assert parse(peft_type=None).r == 2
 
 
 def test_many_patterns_together_are_bounded() -> None:
@@ -244,5 +283,5 @@ def test_a_pattern_for_every_module_of_a_large_model_is_fast() -> None:
     modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(80) for name in "qkvogud"]
     table = PatternTable.compile("rank_pattern", {module: index + 1 for index, module in enumerate(modules)})
     start = time.perf_counter()
-    assert [table.find(module, 0) for module in modules] == list(range(1, len(modules) + 1))
+    assert [table.find([module], 0) for module in modules] == list(range(1, len(modules) + 1))
     assert time.perf_counter() - start < 5.0

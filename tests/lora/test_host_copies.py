@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from loramux.errors import AdapterUnavailable
 from loramux.lora.entry import Lease, Residency, State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 
 from tests.lora.fakes import FakeAdapter, FakeReader
+from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class FakeDevice:
         self.placed: list[FakeAdapter] = []
         self.threads: set[str] = set()
 
-    def read(self, folder: Path) -> OnDevice:
+    def read(self, folder: AdapterFolder) -> OnDevice:
         return self._copied(self.reader(folder))
 
     def place(self, adapter: FakeAdapter) -> OnDevice:

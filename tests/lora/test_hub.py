@@ -75,7 +75,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def test_an_allowed_repository_is_fetched_once(fake: FakeHub, tmp_path: Path) -> None:
     roots = AdapterRoots([], Hub(["acme/*"], tmp_path))
     folder = roots.resolve(SOURCE)
-    assert (folder / WEIGHTS_FILE).read_bytes() == b"weights of sql"
+    assert (folder.path / WEIGHTS_FILE).read_bytes() == b"weights of sql"
     assert sorted(fake.fetched) == [CONFIG_FILE, WEIGHTS_FILE]
     assert roots.resolve(SOURCE) == roots.resolve(str(folder)) == folder
     assert len(fake.fetched) == 2

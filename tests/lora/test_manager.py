@@ -26,13 +26,15 @@ from loramux.errors import (
     PathNotAllowed,
 )
 from loramux.lora.entry import State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import CONFIG_FILE, AdapterRoots
 
 from tests.lora.fakes import FakeAdapter, FakeReader
+from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ async def test_a_failed_load_frees_what_it_read_at_once(
 
     seen: list[weakref.ref[Bytes]] = []
 
-    def read(folder: Path) -> FakeAdapter:
+    def read(folder: AdapterFolder) -> FakeAdapter:
         data = Bytes(100)
         seen.append(weakref.ref(data))
         raise InvalidAdapter("x", "broken")
@@ -219,7 +221,8 @@ async def test_loads_that_run_side_by_side_cannot_overbook(manager: AdapterManag
 
 async def test_a_slow_load_holds_up_nobody_else(manager: AdapterManager, reader: FakeReader) -> None:
     """vLLM #31941, LoRAX: one slow load blocked the loop, or every other load."""
-    manager._loader._read = lambda folder: reader(folder) if folder.name == "a" else FakeReader(reader.root)(folder)
+    quick = FakeReader(reader.root)
+    manager._loader._read = lambda folder: (reader if folder.path.name == "a" else quick)(folder)
     reader.gate.clear()
     slow = asyncio.create_task(manager.load("a"))
     await until_loading(manager, "a")
@@ -352,7 +355,7 @@ async def test_unload_after_aborts_and_n_sequences_does_not_hang(manager: Adapte
             manager.registry.lease(["a"], f"r{index}")
         for _ in range(1 + index % 2):
             manager.registry.release(entry.uid, f"r{index}")
-    assert await asyncio.wait_for(manager.unload("a"), 1) == (10, 0)
+    assert await asyncio.wait_for(manager.unload("a"), PATIENCE) == (10, 0)
 
 
 async def test_drain_timeout_without_cancel_fails_and_drains_on(manager: AdapterManager) -> None:
@@ -455,7 +458,7 @@ async def test_close_ends_watches_and_loads(reader: FakeReader) -> None:
     closing = asyncio.create_task(manager.close())
     await asyncio.sleep(0.01)
     reader.gate.set()
-    await asyncio.wait_for(closing, 5)
+    await asyncio.wait_for(closing, PATIENCE)
     with pytest.raises(Draining):
         await load
     assert (await waiting).name == "a"
@@ -471,7 +474,7 @@ async def test_close_does_not_wait_for_a_hung_disk(reader: FakeReader) -> None:
     load = asyncio.create_task(manager.load("a"))
     await until_loading(manager, "a")
     await until(lambda: reader.reads)
-    await asyncio.wait_for(manager.close(grace=0.05), 2)
+    await asyncio.wait_for(manager.close(grace=0.05), PATIENCE)
     reader.gate.set()
     with pytest.raises(Draining):
         await load
@@ -489,7 +492,7 @@ async def test_loads_give_way_to_the_model(tmp_path: Path) -> None:
     seen: list[int] = []
 
     class Reader(FakeReader):
-        def __call__(self, folder: Path) -> FakeAdapter:
+        def __call__(self, folder: AdapterFolder) -> FakeAdapter:
             seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             return super().__call__(folder)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from loramux.errors import InvalidAdapter
 from loramux.lora import header, snapshot
+from loramux.lora.adapter import Adapter
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
@@ -47,7 +50,7 @@ def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[st
 
 GOOD = {A: entry([2, 16], 0, 128), B: entry([16, 2], 128, 256)}
 BROKEN_FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "too few"),
+    "empty": (b"", "is empty"),
     "seven bytes": (b"1234567", "too few"),
     "header length bomb": (raw({}, length=2**63), "claims a header of 9223372036854775808 bytes"),
     "header beyond the file": (raw({}, length=100_000), "it was cut off"),
@@ -56,8 +59,10 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     "header is no JSON": (raw(b"{nope"), "not valid JSON"),
     "header is not UTF-8": (raw(b'{"\xff": 1}'), "not valid JSON"),
     "header is a list": (raw([]), "not a JSON object"),
-    "header of deep nesting": (raw(b'{"a":' + b"[" * 100_000), "not valid JSON"),
-    "a name twice": (raw(b'{"a": {}, "a": {}}'), "twice"),
+    "header of deep nesting": (raw(b'{"a":' + b"[" * 100_000), "not described"),
+    "entry of deep nesting": (raw(b'{"a":{"b":' + b"[" * 100_000), "no end within"),
+    "metadata of deep nesting": (raw(b'{"__metadata__":' + b"[" * 100_000), "__metadata__ is broken"),
+    "a name twice": (raw(b'{"a": %s, "a": {}}' % json.dumps(entry([1], 0, 4)).encode()), "twice"),
     "no tensors": (raw({"__metadata__": {"format": "pt"}}), "no tensors"),
     "no tensors but bytes": (raw({}, b"1234"), "belong to no tensor"),
     "truncated": (raw(GOOD, b"\0" * 255), "cut off"),
@@ -77,8 +82,123 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     "int8": (raw({A: entry([2, 16], 0, 32, "I8")}, b"\0" * 32), "dtype 'I8'"),
     "float64": (raw({A: entry([2, 16], 0, 256, "F64")}, b"\0" * 256), "dtype 'F64'"),
     "dtype is a list": (raw({A: {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4), "dtype"),
+    "40,000 dimensions": (raw({A: entry([2**47] * 40_000, 0, 0)}), "no end within"),
+    "nine dimensions": (raw({A: entry([1] * 9, 0, 4)}, b"\0" * 4), "9 dimensions; the limit is 8"),
+    "eight huge dimensions": (raw({A: entry([2**47] * 8, 0, 0)}), "data_offsets span 0"),
+    "a size of 4,000 digits": (raw(b'{"%s": {"shape": [%s]}}' % (A.encode(), b"9" * 4000)), "no end within"),
+    "nesting in an entry": (raw(b'{"%s": {"shape": [[[1]]]}}' % A.encode()), "data_offsets"),
+    "an object in an entry": (raw(b'{"%s": {"shape": {}}}' % A.encode()), "not valid JSON"),
+    "a field twice": (raw(b'{"%s": {"dtype": "F32", "dtype": "F16"}}' % A.encode()), "twice"),
+    "metadata twice": (raw(b'{"__metadata__": {}, "__metadata__": {}}'), "twice"),
+    "metadata without an end": (raw(b'{"__metadata__": {"a": "'), "__metadata__ is broken"),
+    "no comma": (raw(b'{"__metadata__": {} "a": {}}'), "comma"),
+    "no colon": (raw(b'{"a" {}}'), "colon"),
+    "a name without quotes": (raw(b"{a: {}}"), "quotes"),
+    "a control character in a name": (raw(b'{"a\n": {}}'), "not valid JSON"),
+    "something after the header": (raw(b'{"__metadata__": {}} {}'), "follows its end"),
     "long name": (raw({"x" * 300: entry([1], 0, 4)}, b"\0" * 4), "300 characters"),
 }
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 3721400\n"
+PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found</body></html>\n"
+OTHER_FILES: dict[str, tuple[bytes, str]] = {
+    "Git LFS pointer": (POINTER, "`git lfs pull`"),
+    "web page": (PAGE, "web page (HTML)"),
+    "web page after a comment": (b"\n <!-- x -->\n<html lang=en>", "web page (HTML)"),
+    "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML"),
+    "text": (b"Entry not found", "begins with 'Entry not found'"),
+    "text of several bytes a character, cut": ("ä".encode() * 300, "begins with"),
+    "UTF-16": ("{}".encode("utf-16"), "UTF-16"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
+    "gzip": (b"\x1f\x8b\x08\x00" + b"\0" * 60, "gzip"),
+    "tar": (b"a/" + b"\0" * 255 + b"ustar\x0000" + b"\0" * 248, "tar archive"),
+    "GGUF": (b"GGUF\x03" + b"\0" * 60, "llama.cpp"),
+    "NumPy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "NumPy"),
+    "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0", "ONNX"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 60, "HDF5"),
+    "zeros": (b"\0" * 600, "zero bytes"),
+    "empty": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize(("data", "says"), OTHER_FILES.values(), ids=OTHER_FILES.keys())
+def test_what_lies_in_a_files_place_is_told(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    """A clone without git-lfs was said to claim a header of 2336927755350992246 bytes."""
+    write(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    refused(tmp_path, name, says)
+
+
+def test_exchanged_files_are_told(tmp_path: Path) -> None:
+    write(tmp_path)
+    config, weights = (tmp_path / name for name in (CONFIG_FILE, WEIGHTS_FILE))
+    text, tensors = config.read_bytes(), weights.read_bytes()
+    weights.write_bytes(text)
+    refused(tmp_path, WEIGHTS_FILE, "is JSON", "exchanged")
+    weights.write_bytes(tensors)
+    config.write_bytes(tensors)
+    refused(tmp_path, CONFIG_FILE, "safetensors", "exchanged")
+
+
+def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path: Path) -> None:
+    """1f 8b 08 is what gzip begins with, and a length as good as any."""
+    write(tmp_path)
+    text = json.dumps(GOOD).encode()
+    text += b" " * (int.from_bytes(b"\x1f\x8b\x08", "little") - len(text))
+    (tmp_path / WEIGHTS_FILE).write_bytes(raw(text, b"\0" * 256))
+    assert len(read_adapter(tmp_path, SITES, limits=LIMITS).factors) == 1
+
+
+NEIGHBOURS: dict[str, tuple[str, str]] = {
+    "one level too high": ("checkpoint-500/adapter_config.json", "checkpoint-500"),
+    "MLX": ("adapters.safetensors", "MLX"),
+    "torchtune": ("adapter_0.pt", "torchtune"),
+    "several files": ("adapter_model-00001-of-00002.safetensors", "several files"),
+    "FSDP shards": ("pytorch_model_fsdp_0/__0_0.distcp", "FULL_STATE_DICT"),
+    "DeepSpeed shards": ("global_step500/zero_pp_rank_0.pt", "stage3_gather"),
+    "diffusers": ("pytorch_lora_weights.safetensors", "diffusers"),
+    "GGUF": ("adapter.gguf", "llama.cpp"),
+    "an unfinished download": ("adapter_model.safetensors.incomplete", "has not ended"),
+}
+
+
+@pytest.mark.parametrize(("file", "says"), NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
+def test_what_lies_beside_a_missing_file_is_told(tmp_path: Path, file: str, says: str) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"")
+    refused(tmp_path, f"has no {WEIGHTS_FILE}", says)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves closing a file to Python
+@pytest.mark.parametrize("name", ["adapter_model.bin", WEIGHTS_FILE])
+def test_the_command_for_a_pickle_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As the message gives it: tensors that are not contiguous, share memory, or are trained parameters made the one
+    before fail."""
+    write(tmp_path, target_modules=["q_proj", "k_proj"])
+    (tmp_path / WEIGHTS_FILE).unlink()
+    tensors = {key: tensor.t().contiguous().t() for key, tensor in factors(Q0, K0).items()}
+    shared = torch.stack([tensors[A], tensors[A]])
+    tensors[A], tensors[A.replace("q_proj", "k_proj")] = torch.nn.Parameter(shared[0]), shared[1]
+    torch.save(tensors, tmp_path / name)
+    run_advice(refused(tmp_path, "never opened", "weights_only=True").message, tmp_path, monkeypatch)
+    read = {f.site.name: f.a for f in read_adapter(tmp_path, SITES, limits=LIMITS).factors}
+    assert torch.equal(read[Q0], shared[0])
+    assert torch.equal(read[K0], shared[1])
+
+
+def run_advice(message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command that a message ends with in `folder`; in this process, for another one would only import torch
+    again."""
+    command = re.search(r'python -c "([^"]+)"$', message)
+    assert command is not None, message
+    assert not set("$`\\!") & set(command[1]), "a shell would read it otherwise"
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        exec(command[1], {})
 
 
 @pytest.mark.parametrize(("data", "says"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
@@ -107,7 +227,7 @@ def test_a_file_cut_off_at_every_length_is_refused(tmp_path: Path) -> None:
 def test_a_pickle_is_never_opened(tmp_path: Path, pickle: str) -> None:
     write(tmp_path)
     (tmp_path / WEIGHTS_FILE).rename(tmp_path / pickle)
-    error = refused(tmp_path, pickle, "never opened", "save_file(torch.load")
+    error = refused(tmp_path, pickle, "never opened", "torch.load(")
     assert error.reason == "ADAPTER_FILES_MISSING"
 
 
@@ -179,7 +299,7 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, objec
         (A, "32 columns", "16 in features", "another base"),
     ),
     "taller base": (lambda: factors(Q0) | {B: torch.zeros(32, 2)}, {}, (B, "32 rows", "16 out features")),
-    "one dimension": (lambda: factors(Q0) | {A: torch.zeros(32)}, {}, (A, "[32]", "gathered")),
+    "one dimension": (lambda: factors(Q0) | {A: torch.zeros(32)}, {}, (A, "[32]", "Gather")),
     "three dimensions": (lambda: factors(Q0) | {A: torch.zeros(2, 16, 1)}, {}, (A, "[2, 16, 1]")),
     "not gathered": (lambda: factors(Q0) | {A: torch.zeros(0)}, {}, (A, "ZeRO-3")),
     "A without B": (lambda: without(B), {}, (Q0, "no lora_B.weight")),
@@ -255,6 +375,85 @@ def test_broken_tensors(
     tmp_path: Path, tensors: Callable[[], dict[str, Tensor]], fields: dict[str, object], says: tuple[str, ...]
 ) -> None:
     refused(write(tmp_path, tensors(), **fields), *says)
+
+
+def shares(**parts: int) -> dict[str, Tensor]:
+    """The first of so many parts of the tensors whose keys contain the name, cut as FSDP does: by rows."""
+    tensors = factors(*(site.name for site in SITES if "self_attn" in site.name), rank=4, bias=True)
+    for name, count in parts.items():
+        tensors = {k: t[: len(t) // count].contiguous() if name in k else t for k, t in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("names", [("lora_A",), ("lora_B.weight",), ("lora_B",), ("lora_A", "lora_B"), ("bias",)])
+def test_a_part_of_a_sharded_model_is_told(tmp_path: Path, names: tuple[str, ...], parts: int) -> None:
+    """ "Trained on another base" and "correct r" sent the user of an FSDP run the wrong way."""
+    folder = write(tmp_path, shares(**dict.fromkeys(names, parts)), r=4, lora_bias=True)
+    refused(folder, f"1/{parts} of", "FULL_STATE_DICT", "ZeRO-3")
+
+
+def test_a_smaller_rank_in_both_factors_is_no_shard(tmp_path: Path) -> None:
+    assert "shard" not in refused(write(tmp_path, factors(Q0, rank=2), r=4), "rank 2").message
+
+
+def test_one_adapter_for_two_towers_of_one_layer_is_refused(tmp_path: Path) -> None:
+    paths = (Q0.replace("model.", f"model.{tower}.", 1) for tower in ("language_model", "text_model"))
+    tensors = {k: t for path in paths for k, t in renamed(Q0, path).items()}
+    refused(write(tmp_path, tensors), "fit the same layer")
+
+
+def test_wrapped_and_plain_keys_of_one_layer_are_refused(tmp_path: Path) -> None:
+    tensors = factors(Q0) | {f"module.{key}": tensor for key, tensor in factors(Q0).items()}
+    refused(write(tmp_path, tensors), "same part")
+
+
+OTHER_KEYS = {
+    "flat_param": ("base_model.model._fsdp_wrapped_module._flat_param", "FULL_STATE_DICT"),
+    "MLX": (f"{Q0}.lora_a", "MLX"),
+    "torchtune": ("layers.0.attn.q_proj.lora_b.weight", "torchtune"),
+    "kohya": ("lora_unet_down_blocks_0_attentions_0.lora_down.weight", "kohya"),
+    "LoHa": (f"base_model.model.{Q0}.hada_w1_a", "LoHa"),
+    "prompt tuning": ("prompt_embeddings", "prompt tuning"),
+    "trainable tokens": ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "embedding"),
+}
+
+
+@pytest.mark.parametrize(("key", "says"), OTHER_KEYS.values(), ids=OTHER_KEYS.keys())
+def test_what_another_format_is_is_told(tmp_path: Path, key: str, says: str) -> None:
+    refused(write(tmp_path, {key: torch.ones(4, 4)}), key, says)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"lora_alpha": 1e38}, "once scaled"), ({"lora_alpha": 1e308}, "lora_alpha"), ({"lora_alpha": -1e38}, "scaled")],
+)
+def test_a_scale_that_overflows_is_refused(tmp_path: Path, fields: dict[str, object], says: str) -> None:
+    tensors = {key: tensor * 1e3 for key, tensor in factors(Q0).items()}
+    write(tmp_path, tensors, r=2, **fields)
+    with pytest.raises(InvalidAdapter, match=says):
+        placed(tmp_path)
+
+
+def placed(folder: Path) -> Adapter:
+    files = read_adapter(folder, SITES, limits=LIMITS)
+    return Adapter.build(files, SITES, torch.device("cpu"), torch.float32)
+
+
+def test_no_piece_of_a_header_is_longer_than_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parser in C gets holds the interpreter's lock: a header of 16 MiB in one piece took five seconds."""
+    lengths = []
+
+    class Counted(json.JSONDecoder):
+        def decode(self, s: str, *rest: Any) -> Any:
+            lengths.append(len(s))
+            return super().decode(s, *rest)
+
+    monkeypatch.setattr(header, "_DECODER", Counted(object_pairs_hook=list))
+    text = json.dumps({f"x{i}": entry([], 4 * i, 4 * i + 4) for i in range(5000)}).encode()
+    assert len(header.parse_header(text, 8 + len(text) + 20_000, LIMITS)) == 5000
+    assert len(lengths) == 5000
+    assert max(lengths) < 1024
 
 
 @pytest.mark.parametrize("rename", [("", ""), ("base_model.model.", ""), ("lora_A.weight", "lora_A.default.weight")])
@@ -356,6 +555,6 @@ def test_read_leaves_no_open_files(tmp_path: Path) -> None:
 
 
 def test_config_errors_come_through(tmp_path: Path) -> None:
-    refused(write(tmp_path, bias="all"), "bias", "all adapters share")
+    refused(write(tmp_path, kasa_config={}), "kasa_config", "train with it unset")
     (tmp_path / CONFIG_FILE).write_text(json.dumps([]))
     refused(tmp_path, CONFIG_FILE)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from loramux.engine.request import AdapterHandle
-from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, Overloaded
+from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, Overloaded, SlowReader
 from loramux.lora.entry import AdapterEntry, Residency, State
 from loramux.lora.registry import AdapterRegistry
 
@@ -226,7 +226,7 @@ async def test_a_subscriber_that_never_reads_is_bounded(registry: AdapterRegistr
         load(registry, f"a{index}", 1)
         registry.unload(f"a{index}")
     assert len(subscription._waiting) == 0
-    with pytest.raises(Overloaded) as caught:
+    with pytest.raises(SlowReader) as caught:
         await subscription.next()
     assert caught.value.reason == "WATCH_TOO_SLOW"
     assert registry._listeners == []

@@ -50,5 +50,5 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(TensorFile, "add", lambda self, name, tensor: failing(errno.ENOSPC))
     with pytest.raises(Overloaded, match="is full; free some of it") as caught:
         merge(str(base), [Ingredient("a", adapter)], tmp_path / "out")
-    assert caught.value.reason == "DISK_FULL"
+    assert (caught.value.reason, caught.value.retry_after) == ("DISK_FULL", None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]

@@ -33,6 +33,7 @@ from loramux.merge_process import MergeProcess
 from loramux.model import sources
 
 from tests.merge.recipes import batched, dense, relative
+from tests.patience import PATIENCE
 from tests.server.stack import Stack, save_adapter, save_model, serving
 
 # The worker, which waits at its fifth tensor while there is a file `hold`: until somebody writes to `go`, or ends it.
@@ -67,7 +68,7 @@ class Rig:
 
     async def empty(self) -> None:
         """Until nothing is in the output's root; fails after ten seconds."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while list(self.out.iterdir()):
                 await asyncio.sleep(0.01)
 
@@ -226,7 +227,7 @@ async def test_a_worker_that_is_killed_is_an_error_and_the_next_merge_clears_its
     steps = rig.stack.admin.merge("a", output="killed")
     for done in range(6):
         assert await anext(steps) == Merging(done, 29)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not rig.hold.read_text():
             await asyncio.sleep(0.01)
     os.kill(int(rig.hold.read_text()), signal.SIGKILL)

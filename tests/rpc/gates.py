@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from loramux.lora.folder import AdapterFolder
 from loramux.model.inputs import ModelInputs
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class GatedReader:
     def __init__(self) -> None:
         self.gate = Gate()
 
-    def __call__(self, folder: Path) -> Any:
+    def __call__(self, folder: AdapterFolder) -> Any:
         self.gate.go_through()
         return read_adapter(folder)
 
@@ -78,6 +78,6 @@ class GatedTokens(ByteTokens):
     def __init__(self) -> None:
         self.gate = Gate()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *how: Any) -> list[int]:
         self.gate.go_through()
         return super().encode(text)

@@ -23,6 +23,7 @@ from loramux.engine.request import Delta, Event, FinishReason, Request, Sequence
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats
 from loramux.errors import InvalidAdapter, InvalidRequest, LoramuxError
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
 from loramux.lora.registry import AdapterRegistry
@@ -34,6 +35,7 @@ from loramux.rpc.server import Addresses, Parts, Server
 from loramux.v1 import adapters_pb2_grpc, generation_pb2_grpc
 
 from tests.engine.fakes import VOCAB, FakeModel, byte_tokenizer
+from tests.patience import PATIENCE
 
 MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_proj", "v_proj"))
 
@@ -41,10 +43,12 @@ MODEL = ModelInfo("fake", "FakeForCausalLM", 1000, 4.127, 516, "cpu", 256, ("q_p
 class ByteTokens:
     """One token a byte."""
 
-    def encode(self, text: str) -> list[int]:
+    longest_token = 4
+
+    def encode(self, text: str, *how: Any) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Any) -> list[int]:
+    def encode_chat(self, messages: Any, *how: Any) -> list[int]:
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("chat.messages", "the template wants a user first")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
@@ -121,9 +125,9 @@ class Loaded(SimpleNamespace):
         return self
 
 
-def read_adapter(folder: Path) -> Any:
+def read_adapter(folder: AdapterFolder) -> Any:
     """What lora.peft_files would do, without tensors."""
-    content = (folder / WEIGHTS_FILE).read_bytes()
+    content = (folder.path / WEIGHTS_FILE).read_bytes()
     if content.startswith(b"bad"):
         raise InvalidAdapter("lora_A", "holds NaN")
     digest = folder_digest(folder, ReadLimits())
@@ -134,6 +138,7 @@ def read_adapter(folder: Path) -> Any:
         max_rank=8,
         target_modules=("q_proj",),
         site_count=2,
+        warnings=(),
         mixable=not content.startswith(b"dora"),
     )
 
@@ -158,14 +163,14 @@ class Running:
         return (stats.running, stats.waiting, leases) == (0, 0, 0)
 
     async def until(self, **counts: int) -> None:
-        """Until the engine's stats have these values; fails after five seconds."""
-        async with asyncio.timeout(5):
+        """Until the engine's stats have these values; fails if they never do."""
+        async with asyncio.timeout(PATIENCE):
             while any(getattr(self.engine.stats(), name) != value for name, value in counts.items()):
                 await asyncio.sleep(0.001)
 
     async def settle(self) -> None:
-        """Until everything is at its baseline again; fails after five seconds."""
-        async with asyncio.timeout(5):
+        """Until everything is at its baseline again; fails if they never do."""
+        async with asyncio.timeout(PATIENCE):
             while not self.at_baseline():
                 await asyncio.sleep(0.01)
         self.registry.check()
@@ -196,7 +201,7 @@ async def running(
     host_budget: int = 0,
     scan_interval: float | None = None,
     server_type: type[Server] = Server,
-    read: Callable[[Path], Any] = read_adapter,
+    read: Callable[[AdapterFolder], Any] = read_adapter,
     tokens: ByteTokens | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
@@ -212,7 +217,9 @@ async def running(
 
     engine: Any
     async with AsyncExitStack() as after:
-        manager = AdapterManager(registry, AdapterRoots([root]), read, load_timeout=5.0, scan_interval=scan_interval)
+        manager = AdapterManager(
+            registry, AdapterRoots([root]), read, load_timeout=PATIENCE, scan_interval=scan_interval
+        )
         if script is not None:
             engine = ScriptedEngine(script, on_finish=release)
         else:
@@ -231,10 +238,10 @@ async def running(
         )
         addresses = await server.start()
         # A request that never ends must not hide the assertion that told of it.
-        after.push_async_callback(lambda: asyncio.wait_for(server.drain(), 10.0))
+        after.push_async_callback(lambda: asyncio.wait_for(server.drain(), PATIENCE))
         if load:
             for name in adapters:
                 await manager.load(name)
-        client = await after.enter_async_context(AsyncClient(addresses.public, api_key=api_key, timeout=20))
-        admin = await after.enter_async_context(AsyncAdminClient(addresses.admin, api_key=admin_key, timeout=20))
+        client = await after.enter_async_context(AsyncClient(addresses.public, api_key=api_key, timeout=PATIENCE))
+        admin = await after.enter_async_context(AsyncAdminClient(addresses.admin, api_key=admin_key, timeout=PATIENCE))
         yield Running(server, addresses, engine, registry, manager, root, client, admin)

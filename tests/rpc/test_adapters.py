@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc.aio
 from loramux.v1 import adapters_pb2
 
+from tests.patience import PATIENCE
 from tests.rpc.stack import adapter_stub, endless, running, write_adapter
 
 
@@ -107,7 +108,7 @@ async def test_a_request_waits_for_an_adapter_that_loads(tmp_path: Path) -> None
     write_adapter(tmp_path, "a")
     async with running(tmp_path) as r:
         load = asyncio.create_task(r.admin.load("a"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while r.registry.find("a") is None:
                 await asyncio.sleep(0)
         result = await r.client.generate("hi", adapter="a", max_new_tokens=3)

@@ -91,7 +91,7 @@ def test_comparison_takes_constant_time(monkeypatch: pytest.MonkeyPatch) -> None
         return a == b
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    guard = auth.BearerAuth("right", scope="public", other_key=None, on_error=lambda _: None)
+    guard = auth.BearerAuth("right", scope="public", other_key=None, on_refusal=lambda *_: None)
     assert guard._refusal("right", (("authorization", "Bearer rignt"),)) is not None
     assert guard._refusal("right", (("authorization", "Bearer right"),)) is None
     assert compared == [(b"rignt", b"right"), (b"right", b"right")]

@@ -27,11 +27,13 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
     PathNotAllowed,
+    SlowReader,
     Unimplemented,
     Unreachable,
 )
 
-from tests.rpc.stack import endless, running
+from tests.patience import PATIENCE
+from tests.rpc.stack import ByteTokens, endless, running
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ async def test_sync_clients_do_what_the_async_ones_do(tmp_path: Path) -> None:
     async with running(tmp_path, adapters=("a",)) as r:
 
         def work() -> None:
-            with Client(r.addresses.public, timeout=20) as client, AdminClient(r.addresses.admin) as admin:
+            with Client(r.addresses.public, timeout=PATIENCE) as client, AdminClient(r.addresses.admin) as admin:
                 result = client.generate("hello", adapter="a", max_new_tokens=6, ignore_eos=True)
                 events = list(client.stream("hello", adapter="a", max_new_tokens=6, ignore_eos=True))
                 assert isinstance(events[0], Started)
@@ -91,6 +93,8 @@ ERRORS: list[LoramuxError] = [
     AdapterExists("other content"),
     PathNotAllowed("outside the roots"),
     Overloaded("full", retry_after=2.5, reason="QUEUE_FULL"),
+    Overloaded("the disk is full", retry_after=None, reason="DISK_FULL"),
+    SlowReader("it did not read"),
     DeadlineExceeded("too late"),
     Cancelled("an operator did it"),
     Draining("going down", retry_after=0.5),
@@ -106,25 +110,25 @@ async def test_errors_arrive_as_they_were_raised(tmp_path: Path, error: LoramuxE
 
     def same(caught: LoramuxError) -> None:
         assert (type(caught), caught.message, caught.reason) == (type(error), error.message, error.reason)
-        assert caught.metadata == error.metadata
+        assert caught.metadata == error.metadata | {"request_id": "mine"}
         assert getattr(caught, "retry_after", None) == getattr(error, "retry_after", None)
 
     async with running(tmp_path, script=fail) as r:
         with pytest.raises(LoramuxError) as caught:
-            await r.client.generate("x")
+            await r.client.generate("x", request_id="mine")
         same(caught.value)
         with pytest.raises(LoramuxError) as caught:
-            async for _ in r.client.stream("x"):
+            async for _ in r.client.stream("x", request_id="mine"):
                 pass
         same(caught.value)
 
         def sync() -> None:
             with Client(r.addresses.public) as client:
                 with pytest.raises(LoramuxError) as caught:
-                    client.generate("x")
+                    client.generate("x", request_id="mine")
                 same(caught.value)
                 with pytest.raises(LoramuxError) as caught:
-                    list(client.stream("x"))
+                    list(client.stream("x", request_id="mine"))
                 same(caught.value)
 
         await in_thread(sync)
@@ -157,6 +161,75 @@ async def test_what_no_message_can_hold_is_refused_before_it_is_sent(
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(error):
             await client.generate(**arguments)
+
+
+TURN = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("field", "turn"),
+    [
+        ("messages[1]", "hi"),
+        ("messages[1]", None),
+        ("messages[1].role", {"content": "hi"}),
+        ("messages[1].content", {"role": "user"}),
+        ("messages[1].content", {"role": "assistant", "content": None}),
+        ("messages[1].tool_calls", {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}),
+        ("messages[1].name", TURN | {"name": "Ann"}),
+        ("messages[1].tool_call_id", {"role": "tool", "content": "4", "tool_call_id": "1"}),
+        ("messages[1].role", TURN | {"role": 5}),
+        ("messages[1].role", TURN | {"role": "a\ud800"}),
+        ("messages[1].content", TURN | {"content": 5}),
+        ("messages[1].content", TURN | {"content": b"hi"}),
+        ("messages[1].content", TURN | {"content": {"type": "text", "text": "hi"}}),
+        ("messages[1].content", TURN | {"content": "a\ud800"}),
+        ("messages[1].content[1]", TURN | {"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}),
+        ("messages[1].content[0]", TURN | {"content": [{"type": "input_audio", "input_audio": {}}]}),
+        ("messages[1].content[0]", TURN | {"content": [{"text": "a"}]}),
+        ("messages[1].content[0]", TURN | {"content": [None]}),
+        ("messages[1].content[0].text", TURN | {"content": [{"type": "text"}]}),
+        ("messages[1].content[0].text", TURN | {"content": [{"type": "text", "text": 5}]}),
+        ("messages[1].content[0].x", TURN | {"content": [{"type": "text", "text": "", "x": 1}]}),
+    ],
+)
+async def test_turns_that_cannot_be_sent_are_refused_by_name(field: str, turn: Any) -> None:
+    """They were a KeyError, a TypeError, or sent without what was left out."""
+    async with AsyncClient("127.0.0.1:1") as client:
+        for call in (client.generate(messages=[TURN, turn]), client.count_tokens(messages=[TURN, turn])):
+            with pytest.raises(InvalidRequest) as caught:
+                await call
+            assert caught.value.field == field
+            assert (
+                caught.value.description.startswith(("must be", "is ")) or "cannot be sent" in caught.value.description
+            )
+
+
+async def test_turns_as_openai_has_them(tmp_path: Path) -> None:
+    async with running(tmp_path) as r:
+        parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+        turn = {"role": "user", "content": parts, "name": None, "tool_calls": None, "annotations": []}
+        assert (await r.client.generate(messages=[turn])).text == (await r.client.generate(messages=[TURN])).text
+        assert await r.client.count_tokens(messages=[turn]) == 8
+        with pytest.raises(InvalidRequest, match="must be one of system, user, assistant, got 'tool'"):
+            await r.client.generate(messages=[TURN | {"role": "tool"}])
+        with pytest.raises(InvalidRequest, match="goes as system"):
+            await r.client.generate(messages=[TURN | {"role": "developer"}])
+
+
+async def test_parse_special_reaches_the_tokenizer(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Watched(ByteTokens):
+        def encode(self, text: str, parse_special: bool = True, *how: Any) -> list[int]:
+            seen.append(parse_special)
+            return super().encode(text)
+
+    async with running(tmp_path, tokens=Watched()) as r:
+        for given in ({}, {"parse_special": None}, {"parse_special": True}, {"parse_special": False}):
+            await r.client.generate("hi", **given)
+            await r.client.count_tokens("hi", **given)
+            await r.client.tokenize("hi", **given)
+    assert seen == [True] * 9 + [False] * 3
 
 
 async def test_every_argument_reaches_the_engine(tmp_path: Path) -> None:
@@ -210,7 +283,7 @@ def test_import_is_quick_and_light() -> None:
         "{'engine', 'lora', 'model', 'ops', 'config'}; "
         "assert not heavy | rooms, (heavy, rooms)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_the_face_imports_no_torch() -> None:
@@ -218,7 +291,7 @@ def test_the_face_imports_no_torch() -> None:
         "import sys, loramux.rpc.server, loramux.config, loramux.metrics, loramux.http.metrics_server; "
         "assert not {m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'numpy'}"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 async def test_threads_share_a_client(tmp_path: Path) -> None:
@@ -226,7 +299,7 @@ async def test_threads_share_a_client(tmp_path: Path) -> None:
 
         def work() -> None:
             texts: list[str] = []
-            with Client(r.addresses.public, timeout=20) as client:
+            with Client(r.addresses.public, timeout=PATIENCE) as client:
 
                 def one() -> None:
                     texts.append(client.generate("hello", adapter="a", max_new_tokens=4).text)

@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from loramux.answers import Started
+from loramux.engine.door import Limits
 from loramux.engine.request import Delta, Event, Request
 from loramux.engine.settings import EngineSettings
 from loramux.errors import (
@@ -22,6 +23,7 @@ from loramux.errors import (
     EngineFault,
     InvalidRequest,
     Overloaded,
+    SlowReader,
 )
 from loramux.rpc.flight import Admission
 from loramux.rpc.merged import MergedOnly
@@ -29,6 +31,7 @@ from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import generation_pb2
 
 from tests.engine.fakes import FakeModel
+from tests.patience import PATIENCE
 from tests.rpc.stack import ByteTokens, endless, finished, generation_stub, running, two_words
 
 LONG: Any = {"max_new_tokens": 200, "ignore_eos": True}
@@ -68,12 +71,12 @@ async def test_a_request_that_is_cancelled_early_keeps_no_lease(tmp_path: Path, 
     """Leases were released by the engine only, so a request that never reached it kept its adapter for ever."""
 
     class SlowTokens(ByteTokens):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, *how: Any) -> list[int]:
             time.sleep(0.2)
             return super().encode(text)
 
     async with running(tmp_path, adapters=("a",), script=two_words) as r:
-        tokens = Tokenizing(SlowTokens() if when == "while it tokenizes" else ByteTokens())
+        tokens = Tokenizing(SlowTokens() if when == "while it tokenizes" else ByteTokens(), r.engine.limits)
         admission = Admission(r.engine, r.registry, tokens, r.server.metrics, lambda: None, MergedOnly())
         message = generation_pb2.GenerateRequest(prompt="hi", adapter="a")
         admitted = asyncio.Event()
@@ -147,12 +150,12 @@ async def test_a_reader_that_stops_loses_its_stream_and_nobody_elses(tmp_path: P
     async with running(tmp_path, adapters=("a",), script=flood, send_timeout=0.3) as r:
         stream = r.client.stream("flood", adapter="a")
         await anext(stream)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while r.engine.live:
                 assert (await r.client.generate("hi")).text == "ok"
                 await asyncio.sleep(0.02)
         await r.settle()
-        with pytest.raises(Overloaded) as caught:  # who reads on after all is told why
+        with pytest.raises(SlowReader) as caught:  # who reads on after all is told why
             async for _ in stream:
                 pass
         assert caught.value.reason == "SLOW_READER"
@@ -224,11 +227,11 @@ async def test_unload_cancels_what_still_runs(tmp_path: Path) -> None:
 
 async def test_too_many_prompts_to_tokenize(tmp_path: Path) -> None:
     class Stuck(ByteTokens):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, *how: Any) -> list[int]:
             time.sleep(0.2)
             return super().encode(text)
 
-    tokenizing = Tokenizing(Stuck(), threads=1, max_waiting=2)
+    tokenizing = Tokenizing(Stuck(), Limits(vocab_size=260, max_context=256), max_waiting=2)
     message = generation_pb2.GenerateRequest(prompt="hi")
     tasks = [asyncio.create_task(tokenizing.ids(message)) for _ in range(3)]
     results = await asyncio.gather(*tasks, return_exceptions=True)

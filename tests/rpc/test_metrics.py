@@ -13,6 +13,7 @@ from loramux.http.metrics_server import MetricsServer
 from loramux.metrics import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, Metrics, Snapshot
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.patience import PATIENCE
 from tests.rpc.stack import Running, endless, running, write_adapter
 
 GATEWAY = {
@@ -30,7 +31,7 @@ GATEWAY = {
 
 
 def get(address: str, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(address, timeout=5)
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -105,12 +106,18 @@ async def test_running_adapters_are_named_for_gateways(tmp_path: Path, free_port
         await stream.aclose()
 
 
+PROBES = ("/healthz", "/health", "/readyz")
+
+
 async def test_health_page_follows_the_server(tmp_path: Path, free_port: int) -> None:
     async with running(tmp_path, script=endless, metrics_port=free_port) as r:
-        assert await asyncio.to_thread(get, r.addresses.metrics, "/healthz") == (200, "ok\n")
+        for path in (*PROBES, "/livez"):
+            assert await asyncio.to_thread(get, r.addresses.metrics, path) == (200, "ok\n")
         assert (await asyncio.to_thread(get, r.addresses.metrics, "/"))[0] == 404
         r.engine.healthy = False
-        assert (await asyncio.to_thread(get, r.addresses.metrics, "/healthz"))[0] == 503
+        for path in PROBES:
+            assert await asyncio.to_thread(get, r.addresses.metrics, path) == (503, "not serving\n")
+        assert (await asyncio.to_thread(get, r.addresses.metrics, "/livez"))[0] == 200  # the process is there
     with pytest.raises(ConnectionRefusedError):
         get(r.addresses.metrics, "/healthz")
 
@@ -138,16 +145,11 @@ def test_a_scrape_is_not_felt() -> None:
 
 
 def finish(metrics: Metrics, adapter: str) -> None:
-    metrics.finished(
-        adapters=(adapter,),
-        reason="stop",
-        prompt_tokens=1,
-        generated_tokens=2,
-        first_token_seconds=0.1,
-        total_seconds=0.2,
-        queue_seconds=0.0,
-        adapter_seconds=0.0,
-    )
+    metrics.prompt_computed(1, 0.1)
+    metrics.delivered(2, (adapter,))
+    metrics.ended("OK", "stop", (adapter,))
+    metrics.left_the_engine("stop")
+    metrics.answered(total_seconds=0.2, queue_seconds=0.0, adapter_seconds=0.0)
 
 
 def test_adapter_labels_are_capped_and_given_back() -> None:
@@ -162,6 +164,38 @@ def test_adapter_labels_are_capped_and_given_back() -> None:
     finish(metrics, "new")
     assert sample("loramux_adapter_requests_total", {"adapter": "new"}) == 1
     metrics.forget_adapter("never seen")
+
+
+def test_an_adapter_that_is_gone_gets_no_label_again() -> None:
+    """The last event of a request came after its adapter was forgotten: the label was there again, for good."""
+    metrics, there = Metrics("m"), {"a"}
+    metrics.set_known(there.__contains__)
+    metrics.delivered(2, ("a",))
+    there.clear()
+    metrics.forget_adapter("a")
+    metrics.delivered(3, ("a",))
+    metrics.ended("OK", "stop", ("a",))
+    sample = metrics.registry.get_sample_value
+    assert sample("loramux_adapter_generated_tokens_total", {"adapter": "a"}) is None
+    assert sample("loramux_adapter_generated_tokens_total", {"adapter": OTHER_ADAPTERS}) == 3
+    assert sample("loramux_adapter_requests_total", {"adapter": OTHER_ADAPTERS}) == 1
+
+
+async def test_names_that_callers_invent_become_no_series(tmp_path: Path) -> None:
+    async with running(tmp_path, adapters=("a",)) as r:
+        await r.client.generate("hello", adapter="a", max_new_tokens=1)
+
+        def names() -> set[str]:
+            return {f"{s.name}{s.labels}" for family in r.server.metrics.registry.collect() for s in family.samples}
+
+        with pytest.raises(AdapterNotFound):
+            await r.client.generate("hello", adapter="invented")
+        before = names()
+        for i in range(20):
+            with pytest.raises(AdapterNotFound):
+                await r.client.generate("hello", adapter=f"invented-{i}", request_id=f"id-{i}")
+        assert names() == before
+        assert not any("invented" in name for name in before)
 
 
 def test_a_taken_port_says_so() -> None:

@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from loramux.errors import Overloaded
 from loramux.rpc import status
 from loramux.v1 import adapters_pb2
 from loramux.v1.generation_pb2 import (
@@ -55,6 +56,7 @@ GENERATE: dict[str, tuple[GenerateRequest, str, str, str]] = {
     "a mix without a name": (mix(("", 1)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].adapter"),
     "a NaN weight": (mix(("a", NAN)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
     "an infinite weight": (mix(("a", float("inf"))), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
+    "a weight that is no float32": (mix(("a", 1e39)), "INVALID_ARGUMENT", "INVALID_VALUE", "mix[0].weight"),
     "DoRA in a mix": (mix(("a", 1), ("dora", 1)), "INVALID_ARGUMENT", "ADAPTER_NOT_MIXABLE", "mix[1].adapter"),
     "DoRA with a weight": (mix(("dora", 0.5)), "INVALID_ARGUMENT", "ADAPTER_NOT_MIXABLE", "mix[0].adapter"),
     "no input": (GenerateRequest(), "INVALID_ARGUMENT", "EMPTY_PROMPT", "input"),
@@ -231,12 +233,14 @@ async def test_adapter_service_refuses_what_it_should(tmp_path: Path) -> None:
 
 
 async def test_a_full_adapter_budget_asks_to_come_back(tmp_path: Path) -> None:
-    write_adapter(tmp_path, "large", b"x" * 1000)
-    async with running(tmp_path, budget=500) as r, grpc.aio.insecure_channel(r.addresses.admin) as channel:
-        stub = adapter_stub(channel)
-        error = await refused(stub.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="large")))
-        check(error, "RESOURCE_EXHAUSTED", "ADAPTER_BUDGET_EXCEEDED")
-        rich = status_pb2.Status.FromString(dict(error.trailing_metadata())[status.DETAILS_KEY])
-        retry = error_details_pb2.RetryInfo()
-        assert rich.details[1].Unpack(retry)
-        assert retry.retry_delay.ToMilliseconds() > 0
+    for name, size in (("pinned", 300), ("next", 300), ("huge", 1000)):
+        write_adapter(tmp_path, name, b"x" * size)
+    async with running(tmp_path, budget=500) as r:
+        await r.admin.load("pinned", pin=True)
+        with pytest.raises(Overloaded) as caught:
+            await r.admin.load("next")
+        assert caught.value.reason == "ADAPTER_BUDGET_EXCEEDED"
+        assert caught.value.retry_after is not None
+        with pytest.raises(Overloaded) as caught:  # there will never be room for it
+            await r.admin.load("huge")
+        assert (caught.value.reason, caught.value.retry_after) == ("ADAPTER_BUDGET_EXCEEDED", None)

@@ -15,26 +15,42 @@ EXAMPLES = [
     errors.InvalidAdapter("r", "does not fit the tensors", reason="RANK_MISMATCH"),
     errors.AdapterUnavailable("adapter 'a' failed to load: no file", metadata={"adapter": "a"}),
     errors.AdapterNotFound("nobody"),
+    errors.UnknownService("this port does not serve 'x'"),
     errors.AdapterExists("adapter 'a' is loaded with other content", metadata={"adapter": "a"}),
     errors.FolderExists("out exists already", metadata={"path": "/merged/out"}),
     errors.PathNotAllowed("/etc is outside the adapter roots"),
     errors.WrongScope("this token is not for the admin port"),
     errors.Unauthenticated("the token is wrong", reason="TOKEN_INVALID"),
     errors.Overloaded("the queue is full", retry_after=2.5, reason="QUEUE_FULL"),
+    errors.Overloaded("the disk is full", retry_after=None, reason="DISK_FULL"),
+    errors.SlowReader("the client did not read for 30 s"),
     errors.DeadlineExceeded("the deadline passed while it waited"),
     errors.Cancelled("an operator cancelled it"),
     errors.Draining("the server is shutting down", retry_after=0.25),
     errors.Unimplemented("not yet"),
     errors.EngineFault("the engine failed"),
 ]
-# With details of their own, beside ErrorInfo.
-DETAILS = {
-    errors.InvalidRequest: "BadRequest",
-    errors.InvalidAdapter: "PreconditionFailure",
-    errors.AdapterUnavailable: "PreconditionFailure",
-    errors.AdapterNotFound: "ResourceInfo",
-    errors.Overloaded: "RetryInfo",
-    errors.Draining: "RetryInfo",
+# By reason: the status, and the detail beside ErrorInfo. RetryInfo is there where trying again may help, only there:
+# clients and proxies repeat such requests by themselves.
+CONTRACT = {
+    "INVALID_VALUE": ("INVALID_ARGUMENT", "BadRequest"),
+    "RANK_MISMATCH": ("INVALID_ARGUMENT", "PreconditionFailure"),
+    "ADAPTER_UNAVAILABLE": ("FAILED_PRECONDITION", "PreconditionFailure"),
+    "ADAPTER_NOT_FOUND": ("NOT_FOUND", "ResourceInfo"),
+    "UNKNOWN_SERVICE": ("NOT_FOUND", None),
+    "ADAPTER_EXISTS": ("ALREADY_EXISTS", None),
+    "FOLDER_EXISTS": ("ALREADY_EXISTS", None),
+    "PATH_NOT_ALLOWED": ("PERMISSION_DENIED", None),
+    "WRONG_SCOPE": ("PERMISSION_DENIED", None),
+    "TOKEN_INVALID": ("UNAUTHENTICATED", None),
+    "QUEUE_FULL": ("RESOURCE_EXHAUSTED", "RetryInfo"),
+    "DISK_FULL": ("RESOURCE_EXHAUSTED", None),
+    "SLOW_READER": ("ABORTED", None),
+    "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED", None),
+    "CANCELLED": ("CANCELLED", None),
+    "DRAINING": ("UNAVAILABLE", "RetryInfo"),
+    "UNIMPLEMENTED": ("UNIMPLEMENTED", None),
+    "ENGINE_FAULT": ("INTERNAL", None),
 }
 
 
@@ -54,12 +70,13 @@ def test_every_error_has_an_example() -> None:
     assert {type(error) for error in EXAMPLES} == set(tree()) - never_sent
 
 
-@pytest.mark.parametrize("error", EXAMPLES, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda e: e.reason)
 def test_to_the_wire_and_back(error: errors.LoramuxError) -> None:
     rich = status.from_error(error)
-    assert status.code_of(rich).name == error.status
+    code, detail = CONTRACT[error.reason]
+    assert status.code_of(rich).name == error.status == code
     assert rich.message == error.message
-    assert names(rich) == ["ErrorInfo", *([DETAILS[type(error)]] if type(error) in DETAILS else [])]
+    assert names(rich) == ["ErrorInfo", *([detail] if detail else [])]
     info = error_details_pb2.ErrorInfo()
     rich.details[0].Unpack(info)
     assert (info.reason, info.domain, dict(info.metadata)) == (error.reason, "loramux", error.metadata)

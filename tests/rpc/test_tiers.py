@@ -15,6 +15,7 @@ from loramux.answers import Result, Started
 from loramux.errors import AdapterNotFound, AdapterUnavailable, LoramuxError
 from loramux.lora.entry import Residency
 
+from tests.patience import PATIENCE
 from tests.rpc.stack import Running, running, write_adapter
 
 
@@ -68,7 +69,7 @@ async def test_mixes_that_do_not_fit_together_take_turns(tmp_path: Path) -> None
     names = tuple(f"a{i}" for i in range(8))
     async with running(tmp_path, adapters=names, load=False, scan_interval=0.0, budget=30) as r:
         pairs = [(first, second) for first in names for second in names if first != second]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await asyncio.gather(
                 *(r.client.generate("hi", mix={x: 0.5, y: 0.5}, max_new_tokens=3, ignore_eos=True) for x, y in pairs)
             )
@@ -102,7 +103,7 @@ async def test_folders_come_change_and_go(tmp_path: Path) -> None:
         before = await ask(r, "a")
 
         async def until(name: str, digest_not: str = "") -> None:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 while r.registry.find(name) is None or (digest_not and r.registry.get(name).digest == digest_not):
                     await asyncio.sleep(0.01)
 
@@ -117,7 +118,7 @@ async def test_folders_come_change_and_go(tmp_path: Path) -> None:
         assert after.adapters[0].digest != before.adapters[0].digest
         assert after.text != before.text
         shutil.rmtree(tmp_path / "new")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while r.registry.find("new") is not None:
                 await asyncio.sleep(0.01)
         with pytest.raises(AdapterNotFound):

@@ -32,6 +32,7 @@ from loramux.errors import (
     Overloaded,
 )
 from loramux.lora.entry import AdapterEntry, Residency, State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.roots import WEIGHTS_FILE
 
 from tests.rpc.gates import GatedModel, GatedReader
@@ -63,7 +64,7 @@ class CountingReader(GatedReader):
         super().__init__()
         self.given: list[weakref.ref[Any]] = []
 
-    def __call__(self, folder: Path) -> Any:
+    def __call__(self, folder: AdapterFolder) -> Any:
         loaded = super().__call__(folder)
         self.given.append(weakref.ref(loaded))
         return loaded

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.model.tiny import save_tiny
+from tests.patience import PATIENCE
 
 TARGETS = {
     "self_attn.q_proj": (64, 64),
@@ -98,7 +99,7 @@ class Stack:
             "adapter_bytes": registry.budget.used + registry.budget.reserved,
         }
 
-    async def settle(self, baseline: dict[str, int], seconds: float = 10.0) -> None:
+    async def settle(self, baseline: dict[str, int], seconds: float = PATIENCE) -> None:
         """Wait until all counts are at `baseline`; fails with the difference if they never are."""
         try:
             async with asyncio.timeout(seconds):

@@ -17,8 +17,10 @@ import pytest
 from loramux.errors import LoramuxError
 from loramux.lora import peft_files
 from loramux.lora.adapter import Adapter
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.snapshot import FolderSnapshot
 
+from tests.patience import PATIENCE
 from tests.server.broken import INVALID, SOURCES, Kind, write_broken
 from tests.server.stack import Stack, save_adapter, serving
 from tests.server.test_bad_input import Background
@@ -49,7 +51,7 @@ async def settle(stack: Stack, baseline: dict[str, int], what: str) -> None:
         return {key: now for key, now in what_is_held(stack).items() if baseline.get(key, now) != now}
 
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while differs():
                 await asyncio.sleep(0.002)
     except TimeoutError:
@@ -73,9 +75,9 @@ async def test_broken_loads_during_good_traffic(
     assert len(kinds) >= 25
     take_snapshot = peft_files.take_snapshot
 
-    def vanishing(folder: Path, *rest: object) -> FolderSnapshot:
-        if folder.name == VANISHES:  # it was there when it was measured
-            shutil.rmtree(folder)
+    def vanishing(folder: AdapterFolder, *rest: object) -> FolderSnapshot:
+        if folder.path.name == VANISHES:  # it was there when it was measured
+            shutil.rmtree(folder.path)
         return take_snapshot(folder, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(peft_files, "take_snapshot", vanishing)

@@ -25,12 +25,27 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """`tokenizer`: the Hugging Face fast tokenizer's `backend_tokenizer`."""
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = frozenset(special)
+        self._special = {content: i for i, content in special.items() if content}
+        self._special_lengths = sorted({len(content) for content in self._special}, reverse=True)
+        self._special_starts = frozenset(content[0] for content in self._special)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
     def open(self) -> TextStream:
         """A stream for a new sequence."""
         return TextStream(self)
+
+    def split(self, text: str) -> list[str | int]:
+        """The characters of `text`, and the ids of the special tokens that it names, of several the longest."""
+        symbols: list[str | int] = []
+        at = 0
+        while at < len(text):
+            lengths = self._special_lengths if text[at] in self._special_starts else ()
+            token = next((t for length in lengths if (t := text[at : at + length]) in self._special), None)
+            symbols.append(text[at] if token is None else self._special[token])
+            at += 1 if token is None else len(token)
+        return symbols
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, which hold no special ones."""
@@ -58,9 +73,13 @@ class TextStream:
         self._context = 0
         self._sent = 0
 
+    def skips(self, token_id: int) -> bool:
+        """Whether the token is a special one, which has no text."""
+        return token_id in self._owner.special_ids
+
     def push(self, token_id: int) -> str:
         """Take the next token, return the text that is certain now. Special tokens have no text."""
-        if token_id in self._owner.special_ids:
+        if self.skips(token_id):
             return ""
         self._ids.append(token_id)
         text = self._owner.decode(self._ids)

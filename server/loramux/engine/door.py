@@ -14,7 +14,9 @@ from loramux.errors import InvalidRequest
 from loramux.lora import mixing
 
 MAX_SEED = 2**64 - 1
+MAX_TEMPERATURE = 3.4e38  # float32, in which logits are divided by it, ends a little later
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY = 1e-6  # a logit divided by less may be no float32 any more
 MAX_REPETITION_PENALTY = 10.0
 MAX_BIAS = 100.0
 
@@ -29,6 +31,11 @@ class Limits:
     vocab_size: int
     max_context: int
     settings: EngineSettings = field(default_factory=EngineSettings)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; one place is left for the first generated token."""
+        return self.max_context - 1
 
 
 def check_request(
@@ -49,7 +56,7 @@ def check_request(
     was given.
     """
     s = limits.settings
-    _check_prompt(prompt_ids, limits, prompt_field)
+    check_prompt(prompt_ids, limits, prompt_field)
     _at_most("request_id", len(request_id), s.max_request_id_chars, "characters")
     _at_most("cache_salt", len(cache_salt), s.max_cache_salt_chars, "characters")
     _at_most("mix", len(adapters), s.max_mix, "adapters")
@@ -59,7 +66,8 @@ def check_request(
 
 
 def check_mix(adapters: Sequence[AdapterUse]) -> None:
-    """Raise InvalidRequest for an adapter that is mixed and cannot be, as far as it is known: those that load are not.
+    """Raise InvalidRequest for a weight out of range, or an adapter that is mixed and cannot be, as far as it is
+    known: of those that load it is not.
 
     So it is asked again once they have loaded.
     """
@@ -73,8 +81,7 @@ def check_sampling(p: SamplingParams, limits: Limits) -> None:
     if p.max_new_tokens < 1:
         raise _invalid("sampling.max_new_tokens", "must be at least 1", 1, p.max_new_tokens)
     _within("sampling.min_new_tokens", p.min_new_tokens, 0, p.max_new_tokens)
-    if not 0.0 <= p.temperature < float("inf"):
-        raise _invalid("sampling.temperature", "must be finite and not negative", "[0, inf)", p.temperature)
+    _within("sampling.temperature", p.temperature, 0.0, MAX_TEMPERATURE)
     if p.top_k < 0:
         raise _invalid("sampling.top_k", "must not be negative; 0 keeps all tokens", 0, p.top_k)
     if not 0.0 < p.top_p <= 1.0:
@@ -82,9 +89,7 @@ def check_sampling(p: SamplingParams, limits: Limits) -> None:
     _within("sampling.min_p", p.min_p, 0.0, 1.0)
     if p.seed is not None:
         _within("sampling.seed", p.seed, 0, MAX_SEED)
-    if not 0.0 < p.repetition_penalty <= MAX_REPETITION_PENALTY:
-        limit = f"(0, {MAX_REPETITION_PENALTY:g}]"
-        raise _invalid("sampling.repetition_penalty", f"must be in {limit}", limit, p.repetition_penalty)
+    _within("sampling.repetition_penalty", p.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     _within("sampling.frequency_penalty", p.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     _within("sampling.presence_penalty", p.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _within("sampling.top_logprobs", p.top_logprobs, 0, s.max_top_logprobs)
@@ -92,20 +97,24 @@ def check_sampling(p: SamplingParams, limits: Limits) -> None:
     _check_stops(p, limits)
 
 
-def _check_prompt(prompt_ids: Sequence[int], limits: Limits, name: str) -> None:
+def check_prompt(prompt_ids: Sequence[int], limits: Limits, name: str) -> None:
+    """The part of `check_request` that concerns the prompt. Raises InvalidRequest for the field `name`."""
     if not prompt_ids:
         raise _invalid(name, "is empty; give at least one token", 1, 0, reason="EMPTY_PROMPT")
-    longest = limits.max_context - 1  # one place is left for the first generated token
-    if len(prompt_ids) > longest:
-        raise _invalid(
-            name,
-            f"has {len(prompt_ids)} tokens; this server's context of {limits.max_context} tokens "
-            f"takes prompts of at most {longest}",
-            longest,
-            len(prompt_ids),
-            reason="PROMPT_TOO_LONG",
-        )
+    if len(prompt_ids) > limits.longest_prompt:
+        raise prompt_too_long(name, len(prompt_ids), limits.max_context)
     _check_ids(name, prompt_ids, limits.vocab_size)
+
+
+def prompt_too_long(name: str, tokens: int, max_context: int, *, or_more: bool = False) -> InvalidRequest:
+    """The error for a prompt of so many tokens, or of at least so many."""
+    return InvalidRequest(
+        name,
+        f"has {tokens} tokens{' or more' if or_more else ''}; this server's context of {max_context} tokens takes "
+        f"prompts of at most {max_context - 1}",
+        reason="PROMPT_TOO_LONG",
+        metadata={"limit": max_context - 1, "given": tokens},
+    )
 
 
 def _check_bias(p: SamplingParams, limits: Limits) -> None:

@@ -10,8 +10,9 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -28,6 +29,7 @@ from loramux.engine.request import (
     FinishReason,
     Request,
     RequestFailed,
+    SamplingParams,
     SequenceFinished,
     TokenLogprob,
 )
@@ -42,7 +44,10 @@ from loramux.model.inputs import ModelInputs
 log = logging.getLogger(__name__)
 
 NO_MEMORY_TEXT = "the device ran out of memory in a step of this request; ask again when less is running"
+LONGEST_IDLE = 3600.0  # seconds; deadlines may be so far away that no wait takes them
 FAULT_TEXT = "the engine failed while it ran this request; the server's log has the details"
+
+_MOST_SHOWN = 64  # requests in one log line
 
 
 class Model(Protocol):
@@ -114,17 +119,7 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request that has passed `check`; its events go to `sink` in later steps, in this thread."""
         seed = request.sampling.seed
-        arrival = request.arrival or self._clock()
-        group = make_group(
-            request,
-            sink,
-            seed=secrets.randbits(64) if seed is None else seed,
-            rank=(arrival - request.priority * self.settings.priority_seconds, next(self._serial)),
-            arrival=arrival,
-            max_context=self.limits.max_context,
-            eos_token_ids=self.model.eos_token_ids,
-            detokenizer=self._detokenizer,
-        )
+        group = self._group(request, sink, seed=secrets.randbits(64) if seed is None else seed)
         self._groups[request] = group
         for seq in group.sequences:
             self.scheduler.add(seq)
@@ -146,16 +141,13 @@ class Engine:
         """Choose and lay out the next batch, for `compute`, which must follow at once; None if there is nothing."""
         lap = _Laps(self._seconds, self._clock)
         self._end_the_doomed()
-        while rows := self.scheduler.schedule():
+        while rows := self._schedule():
             self._note_starts(rows)
             lap("schedule")
-            try:
-                batch = build_batch(rows, self.kv.block_size)
-            except Exception as error:
-                self._survive(error, rows)
-                continue
+            batch = self._build(rows)
             lap("build")
-            return batch
+            if batch is not None:
+                return batch
         lap("schedule")
         return None
 
@@ -164,26 +156,25 @@ class Engine:
         do for the batch: before a model that computes here, and where it only launches, after it."""
         if not self.model.asynchronous:
             meanwhile()
+        steps, faults = self._steps, self._faults
+        failure: Exception | None = None
+        started = self._clock()
         lap = _Laps(self._seconds, self._clock)
         try:
-            with torch.inference_mode():
-                logits = self.model.forward(batch.inputs)
+            logits = self._forward(batch)
             lap("forward")
         except Exception as error:
-            self._survive(error, batch.rows)
-            return
+            failure = error
         finally:
             if self.model.asynchronous:
                 meanwhile()
-        lap = _Laps(self._seconds, self._clock)
-        try:
-            tokens = sample(logits, batch.sampled)
-            lap("sample")
-        except Exception as error:
-            self._survive(error, batch.rows)
-            return
-        self._deliver(batch, tokens)
-        lap("deliver")
+        if failure is None:
+            self._conclude(batch, logits)
+            self.scheduler.note_step(batch.rows, self._clock() - started)
+        else:
+            self._isolate(batch.rows, failure)
+        if self._steps == steps and self._faults > faults:
+            self._note_failed_step()
 
     def finish(self, group: Group, last: SequenceFinished | RequestFailed) -> None:
         """The one way out of every request: frees its blocks, its places and its lease, then says `last`."""
@@ -192,8 +183,11 @@ class Engine:
         self._finished += 1
         for seq in group.sequences:
             self.scheduler.remove(seq)
-        self._on_finish(group.request)
-        group.sink(last)
+        for tell in (partial(self._on_finish, group.request), partial(group.sink, last)):
+            try:
+                tell()
+            except Exception:  # a defect of the owner; the step's other requests must not suffer from it
+                log.exception("the owner of request %r could not be told of its end", group.request.request_id)
 
     def idle_seconds(self) -> float | None:
         """How long to sleep after a step that found nothing to do; None: until something is submitted."""
@@ -201,11 +195,11 @@ class Engine:
         waits = [g.request.deadline - now for g in self._groups.values() if g.request.deadline is not None]
         if any(group.loading for group in self._groups.values()):
             waits.append(self.settings.load_poll_seconds)
-        return max(0.0, min(waits)) if waits else None
+        return min(max(0.0, min(waits)), LONGEST_IDLE) if waits else None
 
     @property
     def healthy(self) -> bool:
-        """False once max_consecutive_faults steps in a row have failed, until one succeeds."""
+        """False once max_consecutive_faults steps in a row have failed for no request's fault, until one succeeds."""
         return self._consecutive_faults < self.settings.max_consecutive_faults
 
     def stats(self) -> EngineStats:
@@ -243,13 +237,41 @@ class Engine:
         assert len(self.scheduler.waiting) == by_status[Status.WAITING], "a place in the queue has no request"
         assert len(self.scheduler.running) == by_status[Status.RUNNING], "a place in the batch has no request"
 
+    def _group(self, request: Request, sink: Sink, *, seed: int) -> Group:
+        arrival = request.arrival or self._clock()
+        return make_group(
+            request,
+            sink,
+            seed=seed,
+            rank=(arrival - request.priority * self.settings.priority_seconds, next(self._serial)),
+            arrival=arrival,
+            max_context=self.limits.max_context,
+            eos_token_ids=self.model.eos_token_ids,
+            detokenizer=self._detokenizer,
+        )
+
     def _end_the_doomed(self) -> None:
         """Requests whose deadline has passed or whose adapter has failed leave, wherever they are."""
         now = self._clock()
         for group in list(self._groups.values()):
-            error = group.observe(now)
+            try:
+                error = group.observe(now)
+            except Exception as fault:
+                self._fail([group], fault)
+                continue
             if error is not None:
                 self.finish(group, RequestFailed(error))
+
+    def _schedule(self) -> list[Row]:
+        """The scheduler's rows, without those of requests that failed when it looked at them."""
+        while True:
+            rows = self.scheduler.schedule()
+            faults = self.scheduler.take_faults()
+            for seq, error in faults:
+                self._fail([seq.group], error)
+            rows = [row for row in rows if row.sequence.status is Status.RUNNING]
+            if rows or not faults:
+                return rows
 
     def _note_starts(self, rows: list[Row]) -> None:
         now = self._clock()
@@ -259,34 +281,130 @@ class Engine:
                 group.first_scheduled = now
                 group.cached_tokens = row.start
 
-    def _survive(self, error: Exception, rows: list[Row]) -> None:
-        """The step's requests fail; the rest go on if the books balance. Else AssertionError ends the engine.
+    def _build(self, rows: list[Row]) -> Batch | None:
+        """The batch of these rows, without the requests that cannot be laid out; None if none can."""
+        try:
+            return build_batch(rows, self.kv.block_size)
+        except Exception:
+            log.exception("a batch of %d rows cannot be laid out; its requests are tried one by one", len(rows))
+        sound: list[Row] = []
+        for group, own in _by_request(rows):
+            try:
+                build_batch(own, self.kv.block_size)
+                sound += own
+            except Exception as error:
+                self._fail([group], error)
+        try:
+            return build_batch(sound, self.kv.block_size) if sound else None
+        except Exception as error:
+            self._fail([group for group, _ in _by_request(sound)], error)
+            return None
 
-        Blocks that the failed step may have half written were not offered to others: that comes after a step. A device
-        without memory for this step has no fault: it may well have enough for the next one.
+    def _forward(self, batch: Batch) -> Tensor:
+        with torch.inference_mode():
+            return self.model.forward(batch.inputs)
+
+    def _conclude(self, batch: Batch, logits: Tensor) -> None:
+        """What comes after the model, for each request by itself."""
+        lap = _Laps(self._seconds, self._clock)
+        try:
+            tokens = sample(logits, batch.sampled)
+        except Exception:
+            log.exception("%d rows cannot be sampled together; they are sampled one by one", len(batch.sampled))
+            tokens = [self._sample_alone(logits[i : i + 1], seq) for i, seq in enumerate(batch.sampled)]
+        lap("sample")
+        self._deliver(batch, tokens)
+        lap("deliver")
+
+    def _sample_alone(self, logits: Tensor, seq: Sequence) -> Sampled | None:
+        """A token for logits [1, V]; if that fails, None, and the request has ended."""
+        try:
+            return sample(logits, [seq])[0]
+        except Exception as error:
+            self._fail([seq.group], error)
+            return None
+
+    def _isolate(self, rows: list[Row], error: Exception) -> None:
+        """A step of these rows has failed: halves of it are run, and halves of those that fail, until each request has
+        its token or has failed alone. No token was given out, and what is written into the KV cache again is the same.
+
+        What the device reports concerns the whole step: without memory it may have enough for the next one, and any
+        other error would come again.
         """
+        requests = _by_request(rows)
+        if len(requests) == 1 or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            self._fail([group for group, _ in requests], error)
+            return
+        log.error("a step of %d requests failed; halves of it are run", len(requests), exc_info=error)
+        middle = len(requests) // 2
+        for half in (requests[:middle], requests[middle:]):
+            again = [row for _, own in half for row in own]
+            try:
+                batch = build_batch(again, self.kv.block_size)
+                logits = self._forward(batch)
+            except Exception as fault:
+                self._isolate(again, fault)
+                continue
+            self._conclude(batch, logits)
+
+    def _fail(self, groups: Iterable[Group], error: BaseException) -> None:
+        """These requests end; the others go on if the books balance. Else AssertionError ends the engine.
+
+        Blocks that a failed step may have half written were not offered to others: that comes after a step. A device
+        without memory for a step has no fault, and neither has an engine whose error is meant for the caller.
+        """
+        groups = list(groups)
+        reason: LoramuxError
         if isinstance(error, torch.OutOfMemoryError):
-            log.warning("no memory for a step of %d rows, which fail: %s", len(rows), error)
-            reason: LoramuxError = Overloaded(NO_MEMORY_TEXT, reason="DEVICE_MEMORY")
+            log.warning("no memory for a step of %d requests, which fail: %s; %s", len(groups), error, _shown(groups))
+            reason = Overloaded(NO_MEMORY_TEXT, reason="DEVICE_MEMORY")
+        elif isinstance(error, LoramuxError):
+            reason = error
         else:
             self._faults += 1
-            self._consecutive_faults += 1
-            log.exception("engine fault %d in a row; %d rows fail", self._consecutive_faults, len(rows))
+            log.error("engine fault; %s fail", _shown(groups), exc_info=error)
             reason = EngineFault(FAULT_TEXT)
-        for row in rows:
-            self.finish(row.sequence.group, RequestFailed(reason))
+        for group in groups:
+            self.finish(group, RequestFailed(reason))
         self.check_books()
+
+    def _note_failed_step(self) -> None:
+        """No request of a step got through. That is the engine's fault only if it cannot run the base alone, either."""
+        if self._works():
+            return
+        self._consecutive_faults += 1
+        log.error("engine fault %d in a row: a token of the base fails, too", self._consecutive_faults)
+
+    def _works(self) -> bool:
+        """Whether one token of the base goes through; in a block that nobody has."""
+        probe = self._group(Request("", (0,), SamplingParams(max_new_tokens=1)), lambda event: None, seed=0)
+        [seq] = probe.sequences
+        try:
+            if not self.kv.reserve(seq):
+                return False
+            batch = build_batch([Row(seq, 0, 1)], self.kv.block_size)
+            return sample(self._forward(batch), batch.sampled) != [None]
+        except Exception:
+            log.exception("a token of the base fails")
+            return False
+        finally:
+            self.kv.release(seq)
 
     def _deliver(self, batch: Batch, tokens: list[Sampled | None]) -> None:
         """Account for what was computed, then give each sampled token to its sequence."""
-        self._consecutive_faults = 0
-        self._steps += 1
-        for row in batch.rows:
+        live = [row for row in batch.rows if row.sequence.status is Status.RUNNING]
+        if live:
+            self._consecutive_faults = 0
+            self._steps += 1
+        for row in live:
             seq = row.sequence
             self._computed += row.stop - row.start
             seq.computed = row.stop
             seq.group.prompt_computed |= row.stop >= len(seq.group.request.prompt_ids)
-            self.kv.commit(seq)
+            try:
+                self.kv.commit(seq)
+            except Exception as error:
+                self._fail([seq.group], error)
         now = self._clock()
         for seq, token in zip(batch.sampled, tokens, strict=True):
             if seq.status is Status.RUNNING:  # else a sequence of the same request failed a moment ago
@@ -300,17 +418,17 @@ class Engine:
                 raise FloatingPointError("the model's logits are not finite")
             text, reason = seq.accept(token.token_id)
             delta = Delta(seq.index, text, [token.token_id], self._logprobs(token))
-        except Exception:
-            log.exception("request %r fails", group.request.request_id)
-            self.finish(group, RequestFailed(EngineFault(FAULT_TEXT)))
-            return
-        self._generated += 1
-        group.last_token = now
-        if group.first_token is None:
-            group.first_token = now
-        group.sink(delta)
-        if reason is not None:
-            self._end_sequence(seq, reason)
+            self._generated += 1
+            group.last_token = now
+            if group.first_token is None:
+                group.first_token = now
+            group.sink(delta)
+            if reason is not None:
+                self._end_sequence(seq, reason)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+            self._fail([group], error)
 
     def _end_sequence(self, seq: Sequence, reason: FinishReason) -> None:
         group = seq.group
@@ -329,6 +447,21 @@ class Engine:
         text = self._detokenizer.token_text
         top = tuple(TokenLogprob(i, text(i), logprob) for i, logprob in token.top)
         return [TokenLogprob(token.token_id, text(token.token_id), token.logprob, top)]
+
+
+def _by_request(rows: list[Row]) -> list[tuple[Group, list[Row]]]:
+    """The rows of each request, in their order."""
+    found: dict[Group, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.sequence.group, []).append(row)
+    return list(found.items())
+
+
+def _shown(groups: list[Group]) -> str:
+    """For the log: the ids of some requests, not more than a reader can use."""
+    ids = [repr(group.request.shown_id) for group in groups[:_MOST_SHOWN]]
+    more = f" and {len(groups) - _MOST_SHOWN} more" if len(groups) > _MOST_SHOWN else ""
+    return f"requests {', '.join(ids)}{more}"
 
 
 class _Laps:

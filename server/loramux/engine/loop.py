@@ -29,7 +29,7 @@ from loramux.engine.request import Event, Request, RequestFailed, SequenceFinish
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats
 from loramux.engine.stream import Stream
-from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded
+from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded, SlowReader
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +180,8 @@ class AsyncEngine:
     def _put(self, stream: Stream, event: Event) -> None:
         stream.put(event)
         if stream.pending_tokens > self._settings.max_pending_tokens and not stream.ended:
-            error = Overloaded(
+            error = SlowReader(
                 f"the reader is more than {self._settings.max_pending_tokens} tokens behind",
-                reason="SLOW_READER",
                 metadata={"limit": self._settings.max_pending_tokens},
             )
             self._post_abort(stream.request, error)
@@ -198,7 +197,7 @@ class AsyncEngine:
         try:
             self._on_finish(request)
         except Exception:  # a defect of the owner; the other requests of this delivery must not lose their events
-            log.exception("giving back the lease of request %r failed", request.request_id)
+            log.exception("giving back the lease of request %r failed", request.shown_id)
 
     def _fail_all(self, error: Callable[[], LoramuxError]) -> None:
         """The engine's thread is gone: end what it left behind."""
@@ -235,7 +234,7 @@ class AsyncEngine:
         try:
             self._engine.submit(request, sink)
         except Exception:
-            log.exception("request %r could not be queued", request.request_id)
+            log.exception("request %r could not be queued", request.shown_id)
             self._engine_has_finished(request)
             sink(RequestFailed(EngineFault(FAULT_TEXT)))
 

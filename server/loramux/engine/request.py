@@ -66,7 +66,10 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One admitted request. `deadline` and `arrival` are time.monotonic() seconds."""
+    """One admitted request. `deadline` and `arrival` are time.monotonic() seconds.
+
+    `request_id` is the server's own and unique; `caller_id` is what the caller calls it, any text, for logs.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -76,6 +79,12 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     deadline: float | None = None
+    caller_id: str = ""
+
+    @property
+    def shown_id(self) -> str:
+        """The id by which whoever reads the log looks for this request."""
+        return self.caller_id or self.request_id
 
 
 class FinishReason(enum.Enum):

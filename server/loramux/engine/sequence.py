@@ -65,22 +65,16 @@ class Sequence:
     def accept(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Append a generated token; return the text that is certain now, and why the sequence ends, if so.
 
-        min_new_tokens tokens come before the one that may end the sequence by a stop token or string.
+        min_new_tokens tokens come before the one that may end the sequence by a stop token or string; a stop string
+        may begin before it.
         """
         self.tokens.append(token_id)
         may_stop = self.num_output > self.group.request.sampling.min_new_tokens
-        if may_stop and token_id in self.group.ending_ids:
-            return self._rest(), FinishReason.STOP
-        text = self.text.push(token_id)
-        if may_stop:
-            text = self.scanner.feed(text)
-            if self.scanner.found:
-                return text, FinishReason.STOP
-        if len(self.tokens) >= self.end:
-            text += self._rest()
-            return text, FinishReason.STOP if self.scanner.found else FinishReason.LENGTH
-        return text, None
-
-    def _rest(self) -> str:
-        """What was held back, now that nothing follows."""
-        return self.scanner.feed(self.text.flush()) + self.scanner.flush()
+        ends = may_stop and token_id in self.group.ending_ids
+        text = self.scanner.feed(self.text.flush() if ends else self.text.push(token_id), may_stop=may_stop)
+        if self.text.skips(token_id):
+            text += self.scanner.feed_special(token_id, may_stop=may_stop)
+        if not ends and not self.scanner.found and len(self.tokens) < self.end:
+            return text, None
+        text += self.scanner.feed(self.text.flush(), may_stop=may_stop) + self.scanner.flush()
+        return text, FinishReason.STOP if ends or self.scanner.found else FinishReason.LENGTH

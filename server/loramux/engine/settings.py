@@ -12,6 +12,7 @@ class EngineSettings:
     block_size is what the model allocates its KV cache with; the engine reads the model's own value.
     max_batch_rows sequences run at once and max_batch_tokens tokens go through the model in one step; the
     second is not below the first, so that every running sequence gets its token in every step.
+    While sequences decode, prefill takes no more of a step than makes it step_target seconds long, about; 0: no bound.
     max_queue requests may wait to start. A reader that is max_pending_tokens behind loses its request.
     One point of priority is worth priority_seconds of waiting: that keeps low priorities from starving.
     load_poll_seconds bounds how late the engine notices an adapter load that nobody announced with `wake`.
@@ -20,6 +21,7 @@ class EngineSettings:
     block_size: int = 16
     max_batch_rows: int = 64
     max_batch_tokens: int = 512
+    step_target: float = 0.1
     max_queue: int = 1024
     max_pending_tokens: int = 4096
     prefix_caching: bool = True
@@ -37,6 +39,7 @@ class EngineSettings:
     max_cache_salt_chars: int = 256
     max_priority: int = 100
     max_mix: int = 8
+    max_chat_turns: int = 1024
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other."""

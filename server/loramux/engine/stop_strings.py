@@ -1,68 +1,126 @@
 """Finds stop strings in text that comes in pieces, holding back only what may still become one.
 
-Knows nothing of tokens.
+The text of special tokens is not part of the answer, but a stop string may name them: it is then looked for twice, as
+the text that it is, and with each of its special tokens as one symbol between the characters of the answer. So "b" is
+not found in the token "<b>", and "end<b>" is found where that token follows the word.
+
+Knows nothing of tokens but the ids of special ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+Symbol = str | int  # a character, or a special token's id
 
 
 class _Pattern:
-    """Knuth–Morris–Pratt: how many characters of `text` the stream ends with. Constant time a character."""
+    """One stop string as symbols, for Knuth–Morris–Pratt. Never changes.
 
-    __slots__ = ("fallback", "matched", "text")
+    fallback  the longest proper border of each prefix
+    chars     how many symbols of each prefix are characters
+    """
 
-    def __init__(self, text: str) -> None:
+    __slots__ = ("chars", "fallback", "symbols", "text")
+
+    def __init__(self, text: str, symbols: Sequence[Symbol]) -> None:
         self.text = text
-        self.matched = 0
-        self.fallback = [0] * (len(text) + 1)  # longest proper border of each prefix
-        border = 0
-        for i in range(1, len(text)):
-            while border and text[i] != text[border]:
-                border = self.fallback[border]
-            border += text[i] == text[border]
-            self.fallback[i + 1] = border
+        self.symbols = symbols
+        self.fallback = [0] * (len(symbols) + 1)
+        self.chars = [0]
+        for i, symbol in enumerate(symbols):
+            self.chars.append(self.chars[-1] + isinstance(symbol, str))
+            if i > 0:
+                self.fallback[i + 1] = self.advance(self.fallback[i], symbol)
 
-    def feed(self, char: str) -> bool:
-        """Take one character; True when it completes the stop string. Not called again after that."""
-        while self.matched and char != self.text[self.matched]:
-            self.matched = self.fallback[self.matched]
-        self.matched += char == self.text[self.matched]
-        return self.matched == len(self.text)
+    @property
+    def has_tokens(self) -> bool:
+        """Whether some symbol is a special token."""
+        return self.chars[-1] < len(self.symbols)
+
+    def advance(self, matched: int, symbol: Symbol) -> int:
+        """With how many of its symbols the stream ends after `symbol`, if it was `matched` (not all) before."""
+        while matched and symbol != self.symbols[matched]:
+            matched = self.fallback[matched]
+        return matched + (symbol == self.symbols[matched])
 
 
 class StopScanner:
     """`found` is the stop string that ended the text, or "".
 
-    The first character that completes one ends the text; if it completes several, the longest counts. The
-    characters of a stop string are never given out.
+    The first symbol that completes one ends the text; if it completes several, the longest counts. The characters of
+    such a stop string are never given out.
     """
 
-    __slots__ = ("_held", "_patterns", "found")
+    __slots__ = ("_held", "_matched", "_patterns", "found")
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """`stops`: non-empty strings."""
-        self._patterns = [_Pattern(stop) for stop in stops]
+    def __init__(self, stops: Sequence[str], split: Callable[[str], Sequence[Symbol]] = tuple) -> None:
+        """`stops`: non-empty strings. `split` finds the special tokens in one of them."""
+        with_tokens = [_Pattern(stop, split(stop)) for stop in stops]
+        self._patterns = [_Pattern(stop, stop) for stop in stops] + [p for p in with_tokens if p.has_tokens]
+        self._start()
+
+    def fork(self) -> StopScanner:
+        """One for the same stop strings in another text."""
+        other = StopScanner.__new__(StopScanner)
+        other._patterns = self._patterns
+        other._start()
+        return other
+
+    def _start(self) -> None:
+        self._matched = [0] * len(self._patterns)
         self._held = ""
         self.found = ""
 
-    def feed(self, text: str) -> str:
-        """Take text, return what is certainly part of the answer. Returns "" once a stop string was found."""
+    def feed(self, text: str, *, may_stop: bool = True) -> str:
+        """Take text, return what is certainly part of the answer. Returns "" once a stop string was found.
+
+        Without `may_stop` a stop string that is complete within the text is passed over; one that begins there is not.
+        """
         if self.found or not self._patterns:
             return "" if self.found else text
         text, held = self._held + text, len(self._held)
         for i in range(held, len(text)):
-            complete = [p.text for p in self._patterns if p.feed(text[i])]
-            if complete:
-                self.found = max(complete, key=len)
-                self._held = ""
-                return text[: i + 1 - len(self.found)]
-        keep = max(p.matched for p in self._patterns)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            complete = self._take(text[i])
+            if complete is not None and may_stop:
+                return self._end(text[: i + 1], complete)
+        return self._certain(text)
+
+    def feed_special(self, token_id: int, *, may_stop: bool = True) -> str:
+        """As `feed`, for a special token, which has no text of its own."""
+        if self.found or not self._patterns:
+            return ""
+        complete = self._take(token_id)
+        if complete is not None and may_stop:
+            return self._end(self._held, complete)
+        return self._certain(self._held)
 
     def flush(self) -> str:
         """The text ends here: return what was held back."""
         held, self._held = self._held, ""
         return held
+
+    def _take(self, symbol: Symbol) -> _Pattern | None:
+        """The longest stop string that the symbol completes; None if it completes none."""
+        longest: _Pattern | None = None
+        for i, pattern in enumerate(self._patterns):
+            if isinstance(symbol, int) and not pattern.has_tokens:
+                continue
+            matched = pattern.advance(self._matched[i], symbol)
+            if matched == len(pattern.symbols):
+                matched = pattern.fallback[matched]
+                if longest is None or len(pattern.text) > len(longest.text):
+                    longest = pattern
+            self._matched[i] = matched
+        return longest
+
+    def _end(self, text: str, complete: _Pattern) -> str:
+        self.found = complete.text
+        self._held = ""
+        return text[: len(text) - complete.chars[-1]]
+
+    def _certain(self, text: str) -> str:
+        """`text` without the end that may become a stop string, which is held back."""
+        keep = max(p.chars[matched] for p, matched in zip(self._patterns, self._matched, strict=True))
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

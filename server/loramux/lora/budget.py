@@ -71,7 +71,7 @@ class ByteBudget:
         return Overloaded(
             f"adapter memory is full: {what} needs {_mib(nbytes)}, and {_mib(taken)} of {_mib(self.limit)} are "
             "taken; unload an adapter or raise --adapter-memory",
-            retry_after=5.0,
+            retry_after=5.0 if nbytes <= self.limit else None,  # larger than all of it: never
             reason="ADAPTER_BUDGET_EXCEEDED",
             metadata={"needed_bytes": nbytes, "used_bytes": taken, "budget_bytes": self.limit},
         )

@@ -47,6 +47,11 @@ class LoadedAdapter(Protocol):
     @property
     def site_count(self) -> int: ...
     @property
+    def warnings(self) -> Sequence[str]:
+        """Sentences about what can be served and is hardly meant."""
+        ...
+
+    @property
     def on_host(self) -> LoadedAdapter | None:
         """The same in the host's memory, to be kept when it is put out of the device; None if only files are left."""
         ...
@@ -102,6 +107,9 @@ class AdapterEntry:
     hosted          while it is in the host's memory only
     uses, worth     what the tiers count to choose whom to put out
     managed         found under a root, where it is looked after; others come and go by an operator's word
+    irreplaceable   what is in memory cannot be read again: its files have changed
+    read_as         what its files looked like (lora.scan) when they were read, or were to be
+    warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
     """
 
     name: str
@@ -128,6 +136,10 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
+    warnings: tuple[str, ...] = ()
+    irreplaceable: bool = False
+    read_as: tuple[object, ...] = ()
+    notice: str = ""
 
     @property
     def loading(self) -> bool:

@@ -58,6 +58,11 @@ class AdapterInBase:
         return tuple(sorted({f.site.name.rpartition(".")[2] for f in self.files.factors}))
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """See AdapterFiles."""
+        return self.files.warnings
+
+    @property
     def site_count(self) -> int:
         """Linear layers that it changed."""
         return len(self.files.factors)

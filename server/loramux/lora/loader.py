@@ -10,14 +10,15 @@ import logging
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
-from loramux.lora.registry import AdapterRegistry
+from loramux.lora.registry import LOAD_FAILED, AdapterRegistry
 from loramux.lora.roots import AdapterRoots
+from loramux.lora.scan import identity_of
 from loramux.lora.snapshot import folder_digest
 from loramux.lora.workers import Job, Workers, retrieve
 
@@ -33,8 +34,8 @@ class Loader:
         self,
         registry: AdapterRegistry,
         roots: AdapterRoots,
-        read: Callable[[Path], LoadedAdapter],
-        measure: Callable[[Path], int],
+        read: Callable[[AdapterFolder], LoadedAdapter],
+        measure: Callable[[AdapterFolder], int],
         *,
         limits: ReadLimits,
         timeout: float,
@@ -55,13 +56,31 @@ class Loader:
         self._closed = False
         registry.tiers.measure = lambda entry: self._begin(entry, self._measure_entry)
         registry.tiers.fetch = self._fetch
+        self.still: Callable[[AdapterEntry], Coroutine[Any, Any, None]] = _at_once  # until its files may be read
 
-    async def load(self, name: str, source: str, *, replace: bool, pin: bool, digest: str | None = None) -> Outcome:
-        """See AdapterManager.load. Who waits here may go away: the load goes on. `digest`: refuse any other."""
+    async def load(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool,
+        pin: bool,
+        digest: str | None = None,
+        instead_of: AdapterEntry | None = None,
+        managed: bool = False,
+    ) -> Outcome:
+        """See AdapterManager.load. Who waits here may go away: the load goes on.
+
+        digest      refuse any other
+        instead_of  what the name must mean when the load begins; else it ends with Cancelled
+        managed     it was found under a root, which tells of its failure
+        """
         while (running := self._loads.get(name)) is not None:
             await asyncio.wait({running})
+        if instead_of is not None and self._registry.find(name) is not instead_of:
+            raise Cancelled(f"adapter {name!r} was replaced or unloaded meanwhile")
         job = self._job()
-        work = self._load(job, name, source, replace, pin, digest)
+        work = self._load(job, name, source, replace, pin, digest, managed)
         # No name for the task here: a frame that holds its task holds its exception, which holds the frame.
         return await asyncio.shield(self._start(name, job, work, self._loads))
 
@@ -71,7 +90,13 @@ class Loader:
         entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source), {}))
         return entry
 
-    async def folder(self, entry: AdapterEntry) -> Path:
+    async def digest(self, source: str) -> str:
+        """What lies at `source` now."""
+        job = self._job()
+        folder = await self._workers.run(job, self._roots.resolve, source)
+        return await self._workers.run(job, folder_digest, folder, self._limits)
+
+    async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """Where its files are, if they may be read: what is registered has not been resolved yet."""
         return await self._workers.run(self._job(), self._roots.resolve, entry.source)
 
@@ -119,10 +144,13 @@ class Loader:
 
     async def _measure_entry(self, job: Job, entry: AdapterEntry) -> None:
         try:
+            if not entry.digest:
+                await job.wait(self.still(entry))
+            entry.read_as = await self._workers.run(job, identity_of, entry.source)
             folder = await self._workers.run(job, self._roots.resolve, entry.source)
             self._registry.tiers.measured(entry, await self._workers.run(job, self._measure, folder))
         except Exception as error:
-            self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
+            self._fetch_failed(entry, error)
 
     async def _fetch_entry(self, job: Job, entry: AdapterEntry) -> None:
         with self._reservation(job, entry.uid):
@@ -132,13 +160,21 @@ class Loader:
                     return  # nobody waits any more
                 self._registry.fetched(entry.uid, loaded, load_seconds=seconds)
             except Exception as error:
-                self._registry.fetch_failed(entry.uid, _as_known(entry.name, error))
+                self._fetch_failed(entry, error)
+
+    def _fetch_failed(self, entry: AdapterEntry, error: Exception) -> None:
+        known = _as_known(entry.name, error)
+        _tell(entry.name, entry.source, known)
+        self._registry.fetch_failed(entry.uid, known)
 
     async def _bring(self, job: Job, entry: AdapterEntry) -> tuple[LoadedAdapter, float | None]:
         """From the host's memory or else from its files, and the seconds that reading these took."""
         if entry.hosted is not None and self._place is not None:
             return await self._workers.run(job, self._place, entry.hosted), None
+        if not entry.digest:
+            await job.wait(self.still(entry))
         started = asyncio.get_running_loop().time()
+        entry.read_as = await self._workers.run(job, identity_of, entry.source)
         folder = await self._workers.run(job, self._roots.resolve, entry.source)
         loaded = await self._workers.run(job, self._read, folder)
         return loaded, asyncio.get_running_loop().time() - started
@@ -163,7 +199,19 @@ class Loader:
         task.add_done_callback(ended)
         return task
 
-    async def _load(self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None) -> Outcome:
+    async def _load(
+        self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None, managed: bool
+    ) -> Outcome:
+        try:
+            return await self._load_checked(job, name, source, replace, pin, wanted, managed)
+        except LoramuxError as error:
+            if not managed:
+                _tell(name, source, error)
+            raise
+
+    async def _load_checked(
+        self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None, managed: bool
+    ) -> Outcome:
         started = asyncio.get_running_loop().time()
         folder = await self._workers.run(job, self._roots.resolve, source)
         if wanted is not None:
@@ -181,9 +229,10 @@ class Loader:
             if not replace:
                 raise _name_taken(current, digest, folder)
             pin = pin or current.pinned
-        entry = self._registry.begin(name, str(folder), pinned=pin)
+        entry = self._registry.begin(name, str(folder), pinned=pin, managed=managed)
         with self._reservation(job, entry.uid):
             try:
+                entry.read_as = await self._workers.run(job, identity_of, entry.source)
                 loaded = await self._read_within_budget(job, entry.uid, name, folder)
                 seconds = asyncio.get_running_loop().time() - started
                 return self._registry.ready(entry.uid, loaded, load_seconds=seconds), False
@@ -200,9 +249,10 @@ class Loader:
             entry = AdapterEntry(name, "", str(folder), False, loaded.digest, State.UNLOADED)
             entry.nbytes, entry.max_rank = loaded.nbytes, loaded.max_rank
             entry.target_modules, entry.site_count = tuple(loaded.target_modules), loaded.site_count
+            entry.warnings = tuple(loaded.warnings)
             return entry, False
 
-    async def _read_within_budget(self, job: Job, owner: str, name: str, folder: Path) -> LoadedAdapter:
+    async def _read_within_budget(self, job: Job, owner: str, name: str, folder: AdapterFolder) -> LoadedAdapter:
         try:
             nbytes = await self._workers.run(job, self._measure, folder)
             self._registry.tiers.room(owner, nbytes, what=f"adapter {name!r}")
@@ -223,7 +273,7 @@ class Loader:
         self._registry.tiers.advance()
 
 
-def _name_taken(current: AdapterEntry, digest: str, folder: Path) -> AdapterExists:
+def _name_taken(current: AdapterEntry, digest: str, folder: AdapterFolder) -> AdapterExists:
     return AdapterExists(
         f"adapter {current.name!r} is loaded with other content ({current.digest} from {current.source}, not "
         f"{digest} from {folder}); ask with replace to put this in its place, or use another name",
@@ -231,11 +281,19 @@ def _name_taken(current: AdapterEntry, digest: str, folder: Path) -> AdapterExis
     )
 
 
+async def _at_once(entry: AdapterEntry) -> None:
+    """Nobody writes."""
+
+
+def _tell(name: str, source: str, error: LoramuxError) -> None:
+    """One line for each load that failed; none for what an operator stopped or must ask for otherwise."""
+    if not isinstance(error, AdapterExists | Cancelled | Draining) and error.reason != LOAD_FAILED:
+        log.warning("adapter %r failed to load from %r: %s", name, source, error.message)
+
+
 def _as_known(name: str, error: Exception) -> LoramuxError:
     """`error` itself if it is one of ours. Others are for the log, with one sentence for the operator."""
     if isinstance(error, LoramuxError):
         return error
     log.error("loading adapter %r failed", name, exc_info=error)
-    return AdapterUnavailable(
-        f"adapter {name!r} failed to load: {type(error).__name__}: {error}", reason="ADAPTER_LOAD_FAILED"
-    )
+    return AdapterUnavailable(f"adapter {name!r} failed to load: {type(error).__name__}: {error}", reason=LOAD_FAILED)

@@ -14,6 +14,7 @@ from loramux.errors import AdapterNotFound, Cancelled, DeadlineExceeded
 from loramux.lora.catalog import Catalog
 from loramux.lora.declaration import Declaration
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
 from loramux.lora.loader import Loader
 from loramux.lora.manifest import Declared
@@ -43,9 +44,9 @@ class AdapterManager:
         self,
         registry: AdapterRegistry,
         roots: AdapterRoots,
-        read: Callable[[Path], LoadedAdapter],
+        read: Callable[[AdapterFolder], LoadedAdapter],
         *,
-        measure: Callable[[Path], int] | None = None,
+        measure: Callable[[AdapterFolder], int] | None = None,
         limits: ReadLimits | None = None,
         load_timeout: float = 300.0,
         scan_interval: float | None = None,
@@ -65,7 +66,9 @@ class AdapterManager:
             workers=workers,
             place=place,
         )
-        self._catalog = None if scan_interval is None else Catalog(registry, roots.paths, interval=scan_interval)
+        self._catalog: Catalog | None = None
+        if scan_interval is not None:
+            self._catalog = Catalog(registry, roots.paths, self._loader, interval=scan_interval)
         self._declaration: Declaration | None = None
         if declared_in is not None:
             self._declaration = Declaration(declared_in, registry, roots, self._load_declared, scan_interval or 0.0)
@@ -88,7 +91,7 @@ class AdapterManager:
     async def reload(self) -> None:
         """Look at the roots and the adapters file now; what is wrong with them is logged."""
         if self._catalog is not None:
-            await self._catalog.look()
+            await self._catalog.look(now=True)
         if self._declaration is not None:
             await self._declaration.tell()
 
@@ -169,7 +172,7 @@ class AdapterManager:
         """What `name` means now. Raises AdapterNotFound."""
         return self.registry.get(name)
 
-    async def folder(self, entry: AdapterEntry) -> Path:
+    async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """The folder of its files. Raises what `load` raises for a source that may not be read or is not there."""
         return await self._loader.folder(entry)
 
@@ -180,7 +183,7 @@ class AdapterManager:
     async def watch(self) -> AsyncGenerator[AdapterEntry, None]:
         """Every adapter as it is now, then each one that changes, until `close`.
 
-        Slow readers see the latest state of each; one who falls far behind gets Overloaded (WATCH_TOO_SLOW).
+        Slow readers see the latest state of each; one who falls far behind gets SlowReader (WATCH_TOO_SLOW).
         """
         subscription = self.registry.subscribe()
         self._watchers.add(subscription)
@@ -243,6 +246,6 @@ def _still_used(name: str, entries: Sequence[AdapterEntry], seconds: float | Non
     )
 
 
-def _file_size(folder: Path) -> int:
-    path = folder / WEIGHTS_FILE
+def _file_size(folder: AdapterFolder) -> int:
+    path = folder.path / WEIGHTS_FILE
     return path.stat().st_size if path.is_file() else 0  # reading says what is wrong

@@ -8,22 +8,42 @@
 
 The file says all there should be of what it manages: what was in it and is not any more is unloaded, what has another
 source or digest is replaced. Adapters that were loaded by hand, or that lie under a root, are not its business unless
-it names them.
+it names them. A name that YAML takes for a date, a number or a truth (2020-01-01, 7, on) is written in quotes.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from loramux.errors import InvalidRequest, LoramuxError
+from loramux.escaping import escape
 from loramux.lora.roots import check_name
+from loramux.lora.yaml_text import Plain, read_yaml, told
 
 _MOST_BYTES = 16 << 20
+_MOST_PROBLEMS = 8
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _switch(value: object) -> object:
+    """What YAML takes for a truth: such a word without quotes."""
+    return _SWITCHES.get(value.lower(), value) if isinstance(value, Plain) else value
+
+
+def _text(value: object) -> object:
+    """Others read the file, too: what is text here must be text for them."""
+    if isinstance(value, Plain) and value.other_type:
+        raise ValueError(f"{str(value)[:64]!r} is {value.other_type} in YAML; write it in quotes")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
 
 
 class Declared(BaseModel):
@@ -31,10 +51,10 @@ class Declared(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    name: str
-    source: Annotated[str, Field(max_length=4096)] = ""
-    digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
-    pin: bool = False
+    name: Text
+    source: Annotated[Text, Field(max_length=4096)] = ""
+    digest: Annotated[Text, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    pin: Annotated[bool, BeforeValidator(_switch)] = False
 
 
 class _File(BaseModel):
@@ -44,23 +64,23 @@ class _File(BaseModel):
 
 
 def read_manifest(path: Path) -> Mapping[str, Declared]:
-    """The adapters that `path` declares, by name.
+    """The adapters that `path` declares, by name. Takes seconds for tens of thousands; runs in a worker.
 
     Raises InvalidRequest that names the place and what is wrong with it.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise _wrong(path, f"is larger than {_MOST_BYTES >> 20} MiB")
-        content = yaml.safe_load(path.read_bytes())
+        content = read_yaml(_content(path))
     except OSError as error:
         raise _wrong(path, f"cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise _wrong(path, f"is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise _wrong(path, f"is not YAML that is read here: {told(error)}") from None
     try:
         file = _File.model_validate(content if content is not None else {})
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
-        raise _wrong(path, "; ".join(problems)) from None
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        shown = [_place(e["loc"]) + e["msg"].removeprefix("Value error, ") for e in problems[:_MOST_PROBLEMS]]
+        more = len(problems) - len(shown)
+        raise _wrong(path, "; ".join(shown) + (f"; and {more} more" if more else "")) from None
     declared: dict[str, Declared] = {}
     for i, adapter in enumerate(file.adapters):
         try:
@@ -71,6 +91,23 @@ def read_manifest(path: Path) -> Mapping[str, Declared]:
             raise _wrong(path, f"adapters.{i}.name: {adapter.name!r} is there twice")
         declared[adapter.name] = adapter
     return declared
+
+
+def _content(path: Path) -> bytes:
+    # Nonblocking, so that a pipe in the file's place cannot hold the worker.
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _wrong(path, "is not a regular file")
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise _wrong(path, f"is larger than {_MOST_BYTES >> 20} MiB")
+    return content
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """As adapters.3.name, with what the file says escaped and cut."""
+    parts = [part if len(part) <= 64 else f"{part[:64]}…" for part in (escape(str(p)) for p in location)]
+    return f"{'.'.join(parts)}: " if parts else ""
 
 
 def _wrong(path: Path, what: str) -> InvalidRequest:

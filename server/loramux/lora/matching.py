@@ -11,11 +11,20 @@ from loramux.errors import InvalidAdapter
 from loramux.lora.roots import WEIGHTS_FILE
 from loramux.ops.site import Site
 
+_LOWER_CASE = (
+    "is in the format of MLX or torchtune, not PEFT's. From torchtune, save with a FullModelHFCheckpointer; from MLX, "
+    "rename lora_a to lora_A.weight and lora_b to lora_B.weight, both transposed"
+)
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)")
 # PEFT writes no ".weight" here; files from other hands may have it.
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
+_OF_BASE = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.(?P<kind>weight|bias)")
 _LAYER = re.compile(r"(.*?\.\d+)\.")
-_PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX = re.compile(r"(?:^|.*?\.)base_model\.model\.")
+# What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into paths.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# What a multimodal model calls its language model inside a path.
+_TOWERS = frozenset({"language_model", "text_model", "text_decoder", "language_decoder", "llm"})
 _HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"})
 
 # What a key that is no factor of a linear layer tells, and the way out.
@@ -28,34 +37,68 @@ _REFUSED_KEYS = (
         "modules_to_save",
         "replaces a module of the base, which all adapters share; train without modules_to_save",
     ),
+    ("trainable_tokens", "changes the embedding, which all adapters share; train without trainable_token_indices"),
     (
-        ".base_layer.",
+        ".base_layer.lora_",
         "targets a parameter that is not a linear layer; use target_modules, not target_parameters",
     ),
+    ("flat_param", "is a flat piece of an FSDP shard; gather the model before save_pretrained (FULL_STATE_DICT)"),
+    ("lora_unet_", "belongs to an image model (kohya's format); this server serves language models"),
+    ("lora_te", "belongs to an image model's text encoder (kohya's format); this server serves language models"),
+    (".lora_down.", "is in kohya's format, not PEFT's: load it in diffusers and save it as PEFT"),
+    (".lora_up.", "is in kohya's format, not PEFT's: load it in diffusers and save it as PEFT"),
+    (".lora_a", _LOWER_CASE),
+    (".lora_b", _LOWER_CASE),
+    (".hada_w", "belongs to LoHa, which is not served, only LoRA is"),
+    (".lokr_w", "belongs to LoKr, which is not served, only LoRA is"),
+    (".ia3_", "belongs to IA3, which is not served, only LoRA is"),
+    ("prompt_embeddings", "belongs to prompt tuning, which is not served, only LoRA is"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class FactorKey:
-    """A key of the file, taken apart. `module` is the path in the model that the adapter was trained on."""
+    """A key of the file, taken apart.
+
+    key     as the file has it
+    module  the path in the model that the adapter was trained on, without what wraps models (see plain_path)
+    part    "A", "B", "bias" (of B) or "magnitude" (of DoRA); "base weight" or "base bias" for a tensor of the base
+            itself that was saved beside the factors
+    seen    the same path as PEFT had it in training, where a wrapper may be inside
+    """
 
     key: str
     module: str
     part: str
+    seen: str
+
+    @property
+    def of_base(self) -> bool:
+        """Whether it is no factor but a tensor of the base."""
+        return self.part.startswith("base ")
+
+
+def plain_path(path: str) -> str:
+    """`path` without segments that are only wrappers, and without all up to and including "base_model.model."."""
+    kept = ".".join(segment for segment in path.split(".") if segment not in _WRAPPERS)
+    return _PEFT_PREFIX.sub("", kept, count=1)
 
 
 @lru_cache(maxsize=8192)
 def parse_key(key: str) -> FactorKey:
     """The parts of a key such as "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
 
-    `part` is "A", "B", "bias" (of B) or "magnitude" (of DoRA). PEFT drops the adapter's name ("lora_A.default.weight")
-    when it saves; files written by hand may still have it. Raises InvalidAdapter that names the key.
+    PEFT drops the adapter's name ("lora_A.default.weight") when it saves; files written by hand may still have it.
+    Raises InvalidAdapter that names the key.
     """
     for mark, message in _REFUSED_KEYS:
         if mark in key:
             raise _unsupported(key, message)
-    match = _FACTOR.fullmatch(key) or _MAGNITUDE.fullmatch(key)
+    plain = plain_path(key)
+    match = _FACTOR.fullmatch(plain) or _MAGNITUDE.fullmatch(plain)
     part = match and _part(match)
+    if match is None and "lora_" not in plain and (base := _OF_BASE.fullmatch(plain)) is not None:
+        return FactorKey(key, base["module"], f"base {base['kind']}", base["module"])
     if match is None or part is None:
         raise _unsupported(
             key,
@@ -63,14 +106,14 @@ def parse_key(key: str) -> FactorKey:
             "the adapter with PEFT's save_pretrained(..., save_embedding_layers=False), trained with bias='none' and "
             "without modules_to_save",
         )
-    module = match["module"].removeprefix(_PEFT_PREFIX)
-    if module.rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
+    if match["module"].rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
         raise _unsupported(
             key,
             "targets an embedding or the output head, which all adapters share; train with linear layers only, e.g. "
             "target_modules='all-linear'",
         )
-    return FactorKey(key, module, part)
+    seen = _PEFT_PREFIX.sub("", key, count=1).rpartition(".lora_")[0]
+    return FactorKey(key, match["module"], part, seen)
 
 
 def _part(match: re.Match[str]) -> str | None:
@@ -85,21 +128,22 @@ def _part(match: re.Match[str]) -> str | None:
 def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, Site]:
     """The site of every module that `keys` name.
 
-    Modules match by their full path. If none does, one prefix may be missing from all of them (an adapter that was
-    trained on AutoModel, without "model.") or be too much in all of them, if exactly one prefix fits. Raises
-    InvalidAdapter that names the first key without a site, and the sites that its layer does have.
+    Modules match by their full path. If none does, one segment that names the language model of a multimodal one may
+    be too much in all of them, and one prefix may be missing from all (an adapter that was trained on AutoModel,
+    without "model.") or be too much in all, if exactly one prefix fits. Raises InvalidAdapter that names the first key
+    without a site, and the sites that its layer does have.
     """
-    by_name = {site.name: site for site in sites}
-    modules = dict.fromkeys(key.module for key in keys)
+    by_name = {plain_path(site.name): site for site in sites}
+    modules = list(dict.fromkeys(key.module for key in keys))
     if not modules:
-        raise InvalidAdapter(WEIGHTS_FILE, "has no tensors", reason="CORRUPT_ADAPTER")
+        raise InvalidAdapter(WEIGHTS_FILE, "has no tensors of LoRA", reason="CORRUPT_ADAPTER")
     if not any(module in by_name for module in modules):
-        fits = list(_prefixed(list(modules), by_name))
-        if len(fits) == 1:
-            return fits[0]
-        if fits:
-            first = next(iter(modules))
-            raise _mismatch(first, f"fits the base in {len(fits)} places: {', '.join(f[first].name for f in fits)}")
+        for paths in (modules, [_without_tower(module) for module in modules]):
+            found = _fit(paths, by_name)
+            if found is not None:
+                if len({site.index for site in found}) != len(found):
+                    raise _mismatch(modules[0], "and others of the file fit the same layer of the base")
+                return dict(zip(modules, found, strict=True))
     for key in keys:
         if key.module not in by_name:
             near = _neighbours(key.module, by_name)
@@ -107,18 +151,34 @@ def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, S
     return {module: by_name[module] for module in modules}
 
 
-def _prefixed(modules: list[str], by_name: dict[str, Site]) -> Iterable[dict[str, Site]]:
-    """Every way to match all modules by adding one prefix to them, or by taking one away."""
-    first = modules[0]
+def _without_tower(module: str) -> str:
+    segments = module.split(".")
+    tower = next((i for i, segment in enumerate(segments) if segment in _TOWERS), None)
+    return module if tower is None else ".".join(segments[:tower] + segments[tower + 1 :])
+
+
+def _fit(paths: list[str], by_name: dict[str, Site]) -> list[Site] | None:
+    """The sites of `paths` as they are, or with the one prefix that has to be added or taken away; None without one."""
+    if all(path in by_name for path in paths):
+        return [by_name[path] for path in paths]
+    fits = list(_prefixed(paths, by_name))
+    if len(fits) > 1:
+        raise _mismatch(paths[0], f"fits the base in {len(fits)} places: {', '.join(fit[0].name for fit in fits)}")
+    return fits[0] if fits else None
+
+
+def _prefixed(paths: list[str], by_name: dict[str, Site]) -> Iterable[list[Site]]:
+    """Every way to match all paths by adding one prefix to them, or by taking one away."""
+    first = paths[0]
     for name in by_name:
         if name.endswith(f".{first}"):
             added = name.removesuffix(first)
-            if all(added + module in by_name for module in modules):
-                yield {module: by_name[added + module] for module in modules}
+            if all(added + path in by_name for path in paths):
+                yield [by_name[added + path] for path in paths]
         elif first.endswith(f".{name}"):
             taken = first.removesuffix(name)
-            if all(m.startswith(taken) and m.removeprefix(taken) in by_name for m in modules):
-                yield {module: by_name[module.removeprefix(taken)] for module in modules}
+            if all(p.startswith(taken) and p.removeprefix(taken) in by_name for p in paths):
+                yield [by_name[path.removeprefix(taken)] for path in paths]
 
 
 def _neighbours(module: str, by_name: dict[str, Site]) -> str:

@@ -14,12 +14,19 @@ from typing import Annotated, Any, Literal, NoReturn, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from loramux.errors import InvalidAdapter
+from loramux.lora.file_type import SIGNATURE_BYTES, describe
 from loramux.lora.patterns import PatternTable
 from loramux.lora.roots import CONFIG_FILE
+from loramux.lora.selection import Selection, selection
 
-Rank = Annotated[int, Field(ge=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+_MAX_WHOLE = 1 << 24  # of a rank or a group size: far above what a layer can have
+_MAX_NUMBER = 2.0**127  # of an alpha: what is above does not fit into float32, or overflows in the next operation
 _MAX_PATTERNS = 4096
+_MAX_NAMED = 32  # unknown fields in one message
+Rank = Annotated[int, Field(ge=1, le=_MAX_WHOLE)]
+Alpha = Annotated[float, Field(allow_inf_nan=False, ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
+Names = Annotated[list[str], Field(fail_fast=True)]  # an error for each of 200,000 entries would take seconds to write
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the way.
 _SAVE_PLAIN = (
@@ -39,21 +46,37 @@ _HONOURED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the ba
 
 # Fields that change what the adapter computes in a way this server does not serve: field → the way out.
 _REFUSED_FIELDS: Mapping[str, str] = {
-    "modules_to_save": "it replaces whole modules of the base, which all adapters share; train without it",
-    "trainable_token_indices": "it changes the embedding, which all adapters share; train without it",
     "layer_replication": "it changes the layers of the base; train on the base as it is served",
-    "target_parameters": "it targets parameters that are not linear layers; train with target_modules",
     "alora_invocation_tokens": "activated LoRA changes only what follows its tokens in a sequence; train with it unset",
-    "velora_config": "it matters for training only; set it to null and drop the lora_velora_embed tensors",
     "kasa_config": "it was trained on a base without its smallest singular values, which this server does not have; "
     "train with it unset",
-    "monteclora_config": "it matters for training only; set it to null and drop the lora_monteclora_sampler tensors",
     "arrow_config": "Arrow chooses adapters for each token; load those adapters one by one, or ask for a `mix` of them",
     "use_bdlora": "its factors are block-diagonal; write them out as full lora_A and lora_B, with zeros between the "
     "blocks, and set it to null",
 }
-# Of those, the ones for which an empty container means "not used" to PEFT. For the others {} turns the method on.
-_EMPTY_IS_UNUSED = frozenset({"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"})
+# Of those, the one for which an empty container means "not used" to PEFT. For the others {} turns the method on.
+_EMPTY_IS_UNUSED = frozenset({"layer_replication"})
+# Fields that do nothing without tensors of their own; such tensors are refused by their keys (lora.matching).
+_NEED_TENSORS = (
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "velora_config",
+    "monteclora_config",
+)
+# What trainers write beside PEFT's fields and read themselves, or older PEFT did: nothing of it is used in inference.
+_TRAINERS_FIELDS = frozenset(
+    {
+        *("lorap_lr_ratio", "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
+        *("learning_rate", "lr", "lr_scheduler_type", "optimizer", "weight_decay", "warmup_ratio", "warmup_steps"),
+        *("num_train_epochs", "num_epochs", "max_steps", "batch_size", "max_seq_length", "max_length", "packing"),
+        *("gradient_checkpointing", "gradient_accumulation_steps", "seed", "random_state", "neftune_noise_alpha"),
+        *("merge_weights", "lora_dtype", "unsloth_version", "unsloth_fixed", "swift_version", "transformers_version"),
+        *("library_name", "license", "tags", "datasets", "dataset", "language", "created_at", "date", "description"),
+        *("base_model_class", "parent_library", "tokenizer_name_or_path", "model_max_length", "torch_dtype", "dtype"),
+    }
+)
 _NOT_LINEAR_TARGETS = frozenset({"embed_tokens", "wte", "wpe", "embed_in", "lm_head", "embed_out"})
 
 
@@ -63,9 +86,9 @@ class PeftConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", arbitrary_types_allowed=True)
 
     # Honoured: these decide the scale and the shapes.
-    peft_type: str
+    peft_type: str | None = None
     r: Rank = 8
-    lora_alpha: Finite = 8.0
+    lora_alpha: Alpha = 8.0
     use_rslora: bool = False
     rank_pattern: PatternTable[int] = PatternTable()
     alpha_pattern: PatternTable[float] = PatternTable()
@@ -75,11 +98,11 @@ class PeftConfig(BaseModel):
     qalora_group_size: Any = None  # without use_qalora it has no effect
     init_lora_weights: bool | str | None = True
 
-    # Honoured by the tensors: PEFT writes tensors only for what these select, and the tensors are what is loaded.
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    # Honoured: what these leave out must not be in the file (lora.selection).
+    target_modules: Names | str | None = None
+    exclude_modules: Names | str | None = None
+    layers_to_transform: Annotated[list[int], Field(fail_fast=True)] | int | None = None
+    layers_pattern: Names | str | None = None
 
     # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and the
     # configs of an initialization stay in the file when the adapter was converted to plain LoRA.
@@ -100,16 +123,18 @@ class PeftConfig(BaseModel):
     inference_mode: Any = None
     runtime_config: Any = None
 
-    # Refused unless unused.
+    # No effect without tensors of their own, which are refused where they are.
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: Any = None
+    modules_to_save: Names | None = None
     trainable_token_indices: Any = None
-    layer_replication: Any = None
-    target_parameters: Any = None
-    alora_invocation_tokens: Any = None
+    target_parameters: Names | None = None
     velora_config: Any = None
-    kasa_config: Any = None
     monteclora_config: Any = None
+
+    # Refused unless unused.
+    layer_replication: Any = None
+    alora_invocation_tokens: Any = None
+    kasa_config: Any = None
     arrow_config: Any = None
     use_bdlora: Any = None
 
@@ -118,31 +143,47 @@ class PeftConfig(BaseModel):
     def _compile(cls, value: object, info: ValidationInfo) -> PatternTable[Any]:
         field = str(info.field_name)
         if not isinstance(value, dict | None):
-            _refuse(field, f"is an object of patterns, not {_shown(value)}")
+            _refuse(field, f"is an object of patterns, not {shown(value)}")
         if len(value or {}) > _MAX_PATTERNS:
             _refuse(field, f"has {len(value or {})} patterns; the limit is {_MAX_PATTERNS}")
         for key, number in (value or {}).items():
             _check_number(field, key, number)
         return PatternTable.compile(field, value or {})
 
-    def rank_of(self, module: str) -> int:
-        """The rank that the config gives `module`, its path in the model that the adapter was trained on."""
-        return self.rank_pattern.find(module, self.r)
+    def rank_of(self, *paths: str) -> int:
+        """The rank that the config gives the module that is known by `paths`; see PatternTable.find."""
+        return self.rank_pattern.find(paths, self.r)
+
+    def selection(self) -> Selection:
+        """Which modules it selects. Raises InvalidAdapter for what is no regular expression."""
+        return selection(
+            self.target_modules,
+            self.exclude_modules,
+            self.modules_to_save or (),
+            self.layers_to_transform,
+            self.layers_pattern,
+        )
+
+    @property
+    def switched_on(self) -> tuple[str, ...]:
+        """The fields that are in use, as far as the config says, but do nothing without tensors of their own."""
+        return tuple(f for f in _NEED_TENSORS if getattr(self, f) not in (None, False, "none", [], {}))
 
     @property
     def pooling(self) -> int:
         """How many inputs share a column of A."""
         return int(self.qalora_group_size) if self.use_qalora else 1
 
-    def scale_of(self, module: str, rank: int) -> float:
-        """The factor of B·A·x (and of B's bias) at `module`, whose tensors have `rank`."""
-        alpha = self.alpha_pattern.find(module, self.lora_alpha)
+    def scale_of(self, rank: int, *paths: str) -> float:
+        """The factor of B·A·x (and of B's bias) at the module that is known by `paths`, whose tensors have `rank`."""
+        alpha = self.alpha_pattern.find(paths, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def parse_config(data: bytes) -> PeftConfig:
     """The checked config in `data`; raises InvalidAdapter that names the field and the way out."""
     fields = _load_json(data)
+    _check_origin(fields)
     try:
         config = PeftConfig.model_validate(fields)
     except ValidationError as error:
@@ -171,7 +212,7 @@ def _load_json(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(CONFIG_FILE, f"is not valid JSON: {error}", reason="INVALID_CONFIG") from None
+        raise InvalidAdapter(CONFIG_FILE, _not_json(data, error), reason="INVALID_CONFIG") from None
     if not isinstance(fields, dict):
         raise InvalidAdapter(
             CONFIG_FILE, f"holds a JSON {type(fields).__name__}, not an object", reason="INVALID_CONFIG"
@@ -179,20 +220,48 @@ def _load_json(data: bytes) -> dict[str, Any]:
     return fields
 
 
+def _not_json(data: bytes, error: Exception) -> str:
+    if data[8:9] == b"{" and b"data_offsets" in data[:65536]:
+        return "is a safetensors file, not JSON; were the two files exchanged?"
+    what = None if data.lstrip()[:1] in (b"{", b"[") else describe(data[:SIGNATURE_BYTES])
+    return what or f"is not valid JSON: {error}"
+
+
+def _check_origin(fields: Mapping[str, Any]) -> None:
+    """Raises InvalidAdapter for a config that is none of PEFT's LoRA."""
+    if "lora_parameters" in fields or "fine_tune_type" in fields:
+        raise InvalidAdapter(
+            CONFIG_FILE,
+            "is MLX's, not PEFT's. Convert it: in the weights lora_a becomes lora_A.weight and lora_b lora_B.weight, "
+            "both transposed; write peft_type LORA, r (MLX's rank), lora_alpha (rank * scale) and target_modules here",
+            reason="INVALID_CONFIG",
+        )
+    if "r" not in fields and not fields.keys().isdisjoint(("architectures", "model_type", "tokenizer_class")):
+        raise InvalidAdapter(
+            CONFIG_FILE,
+            "is the config of a whole model or a tokenizer; the adapter's own is what PEFT's save_pretrained writes",
+            reason="INVALID_CONFIG",
+        )
+    if fields.get("peft_type") is None and not {"r", "lora_alpha"} <= fields.keys():
+        _refuse(
+            "peft_type",
+            'is missing, and without r and lora_alpha it does not look like LoRA; if it is, add "peft_type": "LORA" '
+            "and the r and lora_alpha that it was trained with",
+        )
+
+
 def _check_method(config: PeftConfig) -> None:
-    if config.peft_type != "LORA":
+    if config.peft_type not in ("LORA", None):
         _refuse(
             "peft_type",
             f"{config.peft_type!r} is not served, only 'LORA' is; where the method adds to weights of linear layers, "
             "peft's `save_as_lora(out, model, rank=...)` writes a LoRA that comes near it",
         )
-    if config.bias != "none":
-        _refuse("bias", f"{config.bias!r} changes biases of the base, which all adapters share; train with bias='none'")
     for field, way_out in _REFUSED_FIELDS.items():
         value = getattr(config, field)
         unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))
         if not unused:
-            _refuse(field, f"{_shown(value)} is not served: {way_out}")
+            _refuse(field, f"{shown(value)} is not served: {way_out}")
 
 
 def _check_variant(config: PeftConfig) -> None:
@@ -210,10 +279,10 @@ def _check_variant(config: PeftConfig) -> None:
             "changes no answer",
         )
     size = config.qalora_group_size
-    if type(size) is not int or size < 2:
+    if type(size) is not int or not 2 <= size <= _MAX_WHOLE:
         _refuse(
             "qalora_group_size",
-            f"is the number of inputs that were pooled in training, a whole number of at least 2, not {_shown(size)}; "
+            f"is the number of inputs that were pooled in training, a whole number of at least 2, not {shown(size)}; "
             "write the number that the adapter was trained with (PEFT's default is 16)",
         )
 
@@ -246,27 +315,37 @@ def _check_targets(config: PeftConfig) -> None:
 
 
 def _check_unknown(extra: Mapping[str, Any]) -> None:
-    for field, value in extra.items():
-        if not (value is None or value is False or value in ("", [], {})):
-            _refuse(
-                field,
-                f"{_shown(value)} is unknown to this server, and it may change what the adapter computes; remove it "
-                "from adapter_config.json if it does not, or update the server",
-            )
+    """Raises InvalidAdapter that names all unknown fields with a value."""
+    unknown = {
+        field: value
+        for field, value in extra.items()
+        if field not in _TRAINERS_FIELDS
+        and (field, value) != ("swift_type", "LORA")
+        and not (value is None or value is False or value in ("", [], {}))
+    }
+    if unknown:
+        named = [f"{field[:80]} ({shown(value)})" for field, value in list(unknown.items())[:_MAX_NAMED]]
+        more = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
+        _refuse(
+            CONFIG_FILE,
+            f"has fields that are unknown to this server and may change what the adapter computes: "
+            f"{', '.join(named)}{more}; remove those that do not, or update the server",
+        )
 
 
 def _check_number(field: str, key: str, number: object) -> None:
-    shown = f"{field}[{key[:80]!r}]"
-    if field == "rank_pattern" and (type(number) is not int or number < 1):
-        _refuse(shown, f"a rank is a whole number of at least 1, not {_shown(number)}")
-    if type(number) not in (int, float) or not math.isfinite(cast(float, number)):
-        _refuse(shown, f"an alpha is a finite number, not {_shown(number)}")
+    place = f"{field}[{key[:80]!r}]"
+    if field == "rank_pattern" and (type(number) is not int or not 1 <= number <= _MAX_WHOLE):
+        _refuse(place, f"a rank is a whole number from 1 to {_MAX_WHOLE}, not {shown(number)}")
+    if type(number) not in (int, float) or not abs(cast(float, number)) <= _MAX_NUMBER:
+        _refuse(place, f"an alpha is a number that fits into float32, at most 2**127, not {shown(number)}")
 
 
 def _refuse(field: str, message: str) -> NoReturn:
     raise InvalidAdapter(field, message, reason="UNSUPPORTED_ADAPTER")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """The value in a message, cut to a bounded length."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -15,15 +15,25 @@ import torch
 from torch import Tensor
 
 from loramux.errors import InvalidAdapter
+from loramux.lora.base import NOTHING_KNOWN, Base
+from loramux.lora.chat_template import own_chat_template
+from loramux.lora.folder import AdapterFolder
 from loramux.lora.header import TensorEntry
 from loramux.lora.limits import ReadLimits
 from loramux.lora.matching import FactorKey, match_sites, parse_key
-from loramux.lora.peft_config import PeftConfig, parse_config
+from loramux.lora.peft_config import PeftConfig, parse_config, shown
 from loramux.lora.roots import WEIGHTS_FILE
+from loramux.lora.saved import check_saved
+from loramux.lora.selection import Selection
 from loramux.lora.snapshot import FolderSnapshot, take_snapshot
+from loramux.lora.warnings import warnings_of
 from loramux.ops.site import Site
 
 _DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SHARD = (
+    "one process's part of a sharded model was saved. Gather it before save_pretrained (FSDP: FULL_STATE_DICT; "
+    "DeepSpeed ZeRO-3: stage3_gather_16bit_weights_on_model_save)"
+)
 _INCOMPLETE = "save the adapter again, or restore the file that belongs to the config"
 
 
@@ -67,11 +77,13 @@ class SiteFactors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFiles:
-    """A checked adapter. `factors` are in the order of the sites' indices, views into one host buffer."""
+    """A checked adapter. `factors` are in the order of the sites' indices, views into one host buffer; `warnings` are
+    sentences about what can be served and is hardly meant."""
 
     config: PeftConfig
     digest: str
     factors: tuple[SiteFactors, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def mixable(self) -> bool:
@@ -79,28 +91,68 @@ class AdapterFiles:
         return not self.config.use_dora
 
 
-def read_adapter(folder: Path, sites: Sequence[Site], *, limits: ReadLimits) -> AdapterFiles:
+def read_adapter(
+    folder: AdapterFolder | Path, sites: Sequence[Site], *, limits: ReadLimits, base: Base = NOTHING_KNOWN
+) -> AdapterFiles:
     """Read and check the adapter in `folder` for a base with `sites`.
 
-    Every tensor is used or refused, A and B come in pairs, shapes agree with the base and ranks with the config, all
-    numbers are finite. Raises InvalidAdapter that names the file, field or tensor, and the way out.
+    Every tensor is used or refused, A and B come in pairs, shapes agree with the base and ranks with the config, the
+    config selects what the file holds, all numbers are finite. `base` is what else is known of the base: tensors of
+    its own that the file holds are let pass if they are the same, and some warnings need it. Raises InvalidAdapter that
+    names the file, field or tensor, and the way out.
     """
     snapshot = take_snapshot(folder, limits)
     config = parse_config(snapshot.config)
     keys = [parse_key(entry.key) for entry in snapshot.entries]
-    by_module = match_sites(keys, sites)
-    parts = _by_module(keys, snapshot.entries)
-    factors = [
-        _site_factors(module, by_module[module], parts[module], snapshot, config, limits) for module in by_module
-    ]
     _check_finite(snapshot)
-    return AdapterFiles(config, snapshot.digest, tuple(sorted(factors, key=lambda f: f.site.index)))
+    notes = check_saved(
+        [(key, _tensor(e, snapshot)) for key, e in zip(keys, snapshot.entries, strict=True) if key.of_base], base
+    )
+    own = [(key, entry) for key, entry in zip(keys, snapshot.entries, strict=True) if not key.of_base]
+    by_module = match_sites([key for key, _ in own], sites)
+    parts = _by_module(own)
+    paths = {key.module: _paths(key, by_module[key.module]) for key, _ in own}
+    selected = config.selection()
+    factors = []
+    for module, site in by_module.items():
+        _check_selected(paths[module], parts[module], selected, config)
+        factors.append(_site_factors(site, paths[module], parts[module], snapshot, config, limits))
+    told = warnings_of(config, selected, paths, factors, sites, base, own_chat_template(folder))
+    return AdapterFiles(config, snapshot.digest, tuple(sorted(factors, key=lambda f: f.site.index)), (*notes, *told))
 
 
-def _by_module(keys: Sequence[FactorKey], entries: Sequence[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
+def _paths(key: FactorKey, site: Site) -> tuple[str, ...]:
+    """What patterns of the config may have been written against: the module in training, without and with what wrapped
+    it, and in this base."""
+    return tuple(dict.fromkeys((key.module, key.seen, site.name)))
+
+
+def _check_selected(
+    paths: tuple[str, ...], parts: Mapping[str, TensorEntry], selected: Selection, config: PeftConfig
+) -> None:
+    """Raises InvalidAdapter if a field leaves the module out: PEFT would not apply its tensors either."""
+    key = next(iter(parts.values())).key
+    field = selected.left_out_by(paths)
+    if field is not None:
+        raise InvalidAdapter(
+            field,
+            f"leaves out {paths[0]}, for which {WEIGHTS_FILE} has tensors ({key}); PEFT would ignore them. Correct "
+            f"{field} ({shown(getattr(config, field))}), or drop these tensors",
+            reason="CONFIG_MISMATCH",
+        )
+    for parameter in config.target_parameters or ():
+        if any(f".{path}".endswith(f".{parameter.rpartition('.')[0]}") for path in paths):
+            raise InvalidAdapter(
+                "target_parameters",
+                f"{shown(parameter)}: {key} changes a parameter and not a linear layer; train with target_modules",
+                reason="UNSUPPORTED_ADAPTER",
+            )
+
+
+def _by_module(tensors: Sequence[tuple[FactorKey, TensorEntry]]) -> dict[str, dict[str, TensorEntry]]:
     """Module → part → entry. Two tensors for one part (two adapters in one file) are refused."""
     found: dict[str, dict[str, TensorEntry]] = {}
-    for key, entry in zip(keys, entries, strict=True):
+    for key, entry in tensors:
         parts = found.setdefault(key.module, {})
         if key.part in parts:
             raise InvalidAdapter(
@@ -114,20 +166,20 @@ def _by_module(keys: Sequence[FactorKey], entries: Sequence[TensorEntry]) -> dic
 
 
 def _site_factors(
-    module: str,
     site: Site,
+    paths: tuple[str, ...],
     parts: Mapping[str, TensorEntry],
     snapshot: FolderSnapshot,
     config: PeftConfig,
     limits: ReadLimits,
 ) -> SiteFactors:
-    _check_parts(module, parts, config)
-    rank = config.rank_of(module)
+    _check_parts(paths[0], parts, config)
+    rank = config.rank_of(*paths)
     _check_shapes(site, rank, config.pooling, parts, limits)
     a, b = _tensor(parts["A"], snapshot), _tensor(parts["B"], snapshot)
     bias = _tensor(parts["bias"], snapshot) if "bias" in parts else None
     magnitude = _tensor(parts["magnitude"], snapshot) if "magnitude" in parts else None
-    scale = config.scale_of(module, rank) * _pooled_scale(site, config)
+    scale = config.scale_of(rank, *paths) * _pooled_scale(site, config)
     return SiteFactors(site, rank, scale, a, b, bias, magnitude, config.pooling)
 
 
@@ -163,8 +215,7 @@ def _check_shapes(site: Site, rank: int, pooling: int, parts: Mapping[str, Tenso
         if len(entry.shape) != dims or 0 in entry.shape:
             raise InvalidAdapter(
                 entry.key,
-                f"has shape {list(entry.shape)}, not two sizes of at least 1; a sharded model must be gathered "
-                "before save_pretrained (DeepSpeed ZeRO-3, FSDP)",
+                f"has shape {list(entry.shape)}, not two sizes of at least 1; if it is empty or flat, {_SHARD}",
                 reason="CORRUPT_ADAPTER",
             )
     if pooling > 1 and a.shape[1] == site.in_features:
@@ -188,6 +239,12 @@ def _check_shapes(site: Site, rank: int, pooling: int, parts: Mapping[str, Tenso
         raise _other_base(b, site, "rows", b.shape[0], "out", site.out_features)
     for entry, found in ((a, a.shape[0]), (b, b.shape[1])):
         if found != rank:
+            if a.shape[0] != b.shape[1] and (share := _share(found, rank)):
+                raise InvalidAdapter(
+                    entry.key,
+                    f"has shape {list(entry.shape)}, {share} of the rank {rank}: {_SHARD}",
+                    reason="CORRUPT_ADAPTER",
+                )
             raise InvalidAdapter(
                 entry.key,
                 f"has rank {found} (shape {list(entry.shape)}), but adapter_config.json gives this layer rank "
@@ -199,21 +256,31 @@ def _check_shapes(site: Site, rank: int, pooling: int, parts: Mapping[str, Tenso
         raise InvalidAdapter(a.key, f"has rank {rank}; the limit is {limits.rank}", reason="ADAPTER_TOO_LARGE")
     for part in ("bias", "magnitude"):
         if part in parts and parts[part].shape != (site.out_features,):
+            entry = parts[part]
+            share = _share(entry.shape[0], site.out_features) if len(entry.shape) == 1 else None
             raise InvalidAdapter(
-                parts[part].key,
-                f"has shape {list(parts[part].shape)}, not [{site.out_features}], the out features of {site.name}; the "
-                "adapter was trained on another base",
+                entry.key,
+                f"has shape {list(entry.shape)}, not [{site.out_features}], the out features of {site.name}; "
+                + (f"that is {share} of them: {_SHARD}; or " if share else "")
+                + "the adapter was trained on another base",
                 reason="BASE_MISMATCH",
             )
 
 
 def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str, size: int) -> InvalidAdapter:
+    share = _share(found, size)
     return InvalidAdapter(
         entry.key,
         f"has {found} {what} (shape {list(entry.shape)}), but {site.name} of this base has {size} {side} features; "
-        "the adapter was trained on another base",
+        + (f"that is {share} of them: {_SHARD}; or " if share else "")
+        + "the adapter was trained on another base",
         reason="BASE_MISMATCH",
     )
+
+
+def _share(found: int, whole: int) -> str | None:
+    """ "1/2" if that is what `found` is of `whole`; None if it is no such fraction."""
+    return f"1/{whole // found}" if 0 < found < whole and whole % found == 0 else None
 
 
 def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:

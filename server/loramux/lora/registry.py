@@ -9,16 +9,24 @@ Life of an entry: LOADING (by an operator's word) or REGISTERED (found under a r
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 
-from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, LoramuxError
+from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, LoramuxError, PathNotAllowed
 from loramux.lora.entry import AdapterEntry, Lease, LoadedAdapter, State
+from loramux.lora.near_names import NearNames
+from loramux.lora.roots import NAME_RULE, is_name
 from loramux.lora.subscription import Subscription
 from loramux.lora.tiers import Tiers
 
+log = logging.getLogger(__name__)
+
 Listener = Callable[[AdapterEntry], None]
+
+LOAD_FAILED = "ADAPTER_LOAD_FAILED"  # the reason of a load that ended with a defect
 
 
 class AdapterRegistry:
@@ -44,6 +52,9 @@ class AdapterRegistry:
         self._replacing: dict[str, AdapterEntry] = {}  # LOADING, to take over a READY name
         self._entries: dict[str, AdapterEntry] = {}  # by uid: all that are not UNLOADED
         self._listeners: list[Listener] = []
+        self._ordered: list[tuple[str, str]] | None = []  # name and uid of all, sorted; None: to be sorted again
+        self._near = NearNames()
+        self.unfit: Mapping[str, str] = {}  # folders that cannot be served, by name, and why (lora.scan)
 
     # What there is.
 
@@ -55,8 +66,17 @@ class AdapterRegistry:
         """Like find, but raises AdapterNotFound."""
         entry = self._names.get(name)
         if entry is None:
-            raise AdapterNotFound(name)
+            raise AdapterNotFound(name, hint=self._hint(name))
         return entry
+
+    def _hint(self, name: str) -> str:
+        """What may be meant by a name that nothing has; at a bounded cost, for anybody can ask."""
+        if name in self.unfit:
+            return f"there is a folder of that name, but it {self.unfit[name]}"
+        if not is_name(name):
+            return f"that is no adapter's name: {NAME_RULE}"
+        near = self._near.of(name)
+        return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
     def loading(self, name: str) -> AdapterEntry | None:
         """The load that runs for `name`: a first one or a replacement."""
@@ -70,6 +90,13 @@ class AdapterRegistry:
     def entries(self) -> list[AdapterEntry]:
         """All of them, by name; of one name the older first."""
         return sorted(self._entries.values(), key=lambda entry: entry.name)
+
+    def page(self, after: tuple[str, str], most: int) -> list[AdapterEntry]:
+        """`most` of them by name and uid, beginning after that place."""
+        if self._ordered is None:
+            self._ordered = sorted((entry.name, uid) for uid, entry in self._entries.items())
+        start = bisect_right(self._ordered, after)
+        return [self._entries[uid] for _, uid in self._ordered[start : start + most]]
 
     # Requests.
 
@@ -113,22 +140,26 @@ class AdapterRegistry:
         assert self.loading(name) is None, f"{name} is being loaded"
         current = self._names.get(name)
         entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED, managed=managed)
-        self._names[name] = self._entries[entry.uid] = entry
+        self._keep(entry)
+        self._give_name(entry)
         self._changed(entry)
         if current is not None:
             self._retire(current)
         return entry
 
-    def begin(self, name: str, source: str, *, pinned: bool = False) -> AdapterEntry:
+    def begin(self, name: str, source: str, *, pinned: bool = False, managed: bool = False) -> AdapterEntry:
         """A LOADING entry. A READY or REGISTERED one of the name serves until `ready`; a FAILED one is forgotten."""
         assert self.loading(name) is None, f"{name} is being loaded already"
-        entry = AdapterEntry(name=name, uid=uuid.uuid4().hex, source=source, pinned=pinned)
+        entry = AdapterEntry(name=name, uid=uuid.uuid4().hex, source=source, pinned=pinned, managed=managed)
         current = self._names.get(name)
         if current is not None and current.state is State.FAILED:
             self._drop(current)
             current = None
-        (self._names if current is None else self._replacing)[name] = entry
-        self._entries[entry.uid] = entry
+        self._keep(entry)
+        if current is None:
+            self._give_name(entry)
+        else:
+            self._replacing[name] = entry
         self._changed(entry)
         return entry
 
@@ -145,7 +176,7 @@ class AdapterRegistry:
         if self._replacing.get(entry.name) is entry:
             del self._replacing[entry.name]
             old = self._names.get(entry.name)
-        self._names[entry.name] = entry
+        self._give_name(entry)
         self._changed(entry)
         if old is not None:
             self._retire(old)
@@ -162,8 +193,8 @@ class AdapterRegistry:
         if entry.digest and loaded.digest != entry.digest:
             raise InvalidAdapter(
                 entry.source,
-                f"holds {loaded.digest}, not {entry.digest}, which this adapter stands for; load what lies there now, "
-                "or put back what lay there",
+                f"holds {loaded.digest}, not {entry.digest}, which this adapter stands for and which is not in memory "
+                "any more; load what lies there now, or put back what lay there",
                 reason="ADAPTER_FILES_CHANGED",
             )
         self._take(entry, loaded, load_seconds)
@@ -179,6 +210,11 @@ class AdapterRegistry:
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
         entry.mixable = loaded.mixable
+        warnings = (*loaded.warnings, *((entry.notice,) if entry.notice else ()))
+        if warnings != entry.warnings:  # else it was read again, and they were told
+            entry.warnings = warnings
+            for warning in loaded.warnings:
+                log.warning("adapter %r is served, but %s", entry.name, warning)
         entry.loaded_at = self._clock()
         if entry.state is not State.DRAINING:
             entry.state = State.READY
@@ -192,7 +228,7 @@ class AdapterRegistry:
         if entry is None:
             return
         told = _unavailable(entry.name, error.message, error.reason)
-        if isinstance(error, InvalidAdapter) and entry.state in (State.REGISTERED, State.READY) and not entry.held:
+        if _stays(error, entry) and not entry.held:
             entry.state, entry.error = State.FAILED, told
             self._changed(entry)
         self.tiers.failed(entry, told if isinstance(error, InvalidAdapter) else error)
@@ -211,7 +247,7 @@ class AdapterRegistry:
         entry.error = _unavailable(entry.name, error.message, error.reason)
         if self._replacing.get(entry.name) is entry:
             del self._replacing[entry.name]
-            del self._entries[uid]
+            self._forget(entry)
         self._changed(entry)
         self.tiers.failed(entry, entry.error)
         return entry
@@ -224,7 +260,7 @@ class AdapterRegistry:
         """
         entry = self.get(name)
         assert self.loading(name) is None, f"the load of {name} runs"
-        del self._names[name]
+        self._take_name(entry)
         self._retire(entry)
         return entry
 
@@ -252,11 +288,46 @@ class AdapterRegistry:
         assert entry.state in (State.DRAINING, State.FAILED), entry
         assert entry.state is State.FAILED or not entry.leases, entry
         if self._names.get(entry.name) is entry:
-            del self._names[entry.name]
-        del self._entries[entry.uid]
+            self._take_name(entry)
+        self._forget(entry)
         self.tiers.drop(entry)
         entry.state = State.UNLOADED
         self._changed(entry)
+
+    def _keep(self, entry: AdapterEntry) -> None:
+        self._entries[entry.uid] = entry
+        self._ordered = None
+
+    def _forget(self, entry: AdapterEntry) -> None:
+        del self._entries[entry.uid]
+        self._ordered = None
+
+    def _give_name(self, entry: AdapterEntry) -> None:
+        self._names[entry.name] = entry
+        self._near.add(entry.name)
+
+    def _take_name(self, entry: AdapterEntry) -> None:
+        del self._names[entry.name]
+        self._near.remove(entry.name)
+
+    # What is known of files.
+
+    def moved(self, entry: AdapterEntry, source: str) -> None:
+        """The same files lie at `source`."""
+        if entry.source != source:
+            entry.source = source
+            self._changed(entry)
+
+    def mark_irreplaceable(self, entry: AdapterEntry, irreplaceable: bool) -> None:
+        """Whether what is in memory cannot be read again, because its files have changed."""
+        entry.irreplaceable = irreplaceable
+
+    def notice(self, entry: AdapterEntry, text: str) -> None:
+        """`text` (empty: nothing any more) about its folder is among what operators are told of an adapter."""
+        if text != entry.notice:
+            entry.warnings = (*(w for w in entry.warnings if w != entry.notice), *((text,) if text else ()))
+            entry.notice = text
+            self._changed(entry)
 
     # Those who want to know.
 
@@ -292,7 +363,7 @@ class AdapterRegistry:
             assert entry.name == name
             assert entry.state is State.LOADING, entry
             assert self._entries[entry.uid] is entry
-            assert self._names[name].state in (State.READY, State.REGISTERED), "only a serving name is replaced"
+            assert self._names[name].state is not State.LOADING, "only one load of a name runs"
         for uid, entry in self._entries.items():
             assert entry.uid == uid
             named = self._names.get(entry.name) is entry or self._replacing.get(entry.name) is entry
@@ -304,6 +375,14 @@ class AdapterRegistry:
             assert entry.state in (State.READY, State.DRAINING) or entry.nbytes == 0, entry
         assert self.budget.used == sum(entry.nbytes for entry in self._entries.values())
         self.tiers.check()
+
+
+def _stays(error: LoramuxError, entry: AdapterEntry) -> bool:
+    """Whether it would come again with each request: the adapter's files, where they lie, or what reading them for the
+    first time came upon."""
+    if entry.state is State.REGISTERED and error.reason == LOAD_FAILED:
+        return True
+    return isinstance(error, InvalidAdapter | PathNotAllowed) and entry.state in (State.REGISTERED, State.READY)
 
 
 def _unavailable(name: str, why: str, cause: str) -> AdapterUnavailable:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from loramux.errors import InvalidAdapter, InvalidRequest, PathNotAllowed
+from loramux.errors import InvalidAdapter, InvalidRequest, PathNotAllowed, StartupError
+from loramux.lora.folder import AdapterFolder, not_allowed, real_path, root_of
 from loramux.lora.hub import PREFIX, Hub
 
 CONFIG_FILE = "adapter_config.json"
@@ -20,14 +22,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_SOURCE = 4096  # PATH_MAX
 
 
+NAME_RULE = "names have 1 to 128 characters of [A-Za-z0-9._-] and start with a letter or digit"
+
+
+def is_name(text: str) -> bool:
+    """Whether clients may use it for an adapter."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(name: str, *, field: str = "name") -> str:
     """`name` if clients may use it for an adapter; raises InvalidRequest otherwise."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         shown = name if len(name) <= 128 else f"{name[:64]}… ({len(name)} characters)"
         raise InvalidRequest(
             field,
-            f"{shown!r} is not an adapter name; names have 1 to 128 characters of [A-Za-z0-9._-] and start with a "
-            "letter or digit",
+            f"{shown!r} is not an adapter name; {NAME_RULE}",
             reason="INVALID_ADAPTER_NAME",
         )
     return name
@@ -55,12 +64,23 @@ class AdapterRoots:
         self._hub = hub
         self._allowed = self.paths if hub is None else (*self.paths, Path(os.path.realpath(hub.cache)))
 
-    def resolve(self, source: str) -> Path:
-        """The real path of the adapter folder that `source` names.
+    def check(self) -> None:
+        """Raise StartupError unless every root is a folder that can be listed."""
+        for path in self.paths:
+            try:
+                with os.scandir(path):
+                    pass
+            except OSError as error:
+                raise StartupError(
+                    f"--adapter-dir {path}: {error.strerror}; name a folder that is there, and that the server may read"
+                ) from None
+
+    def resolve(self, source: str) -> AdapterFolder:
+        """The adapter folder that `source` names.
 
         `source` is absolute, or relative to the roots, which are searched in order. `..` and symbolic links are
-        resolved before the check, and the adapter's two files may not be links that leave the roots either. (Between
-        this check and the reading, only someone who can already write under a root could swap a file.)
+        resolved before the check, and the adapter's two files may not be links that leave the roots either. What is
+        opened later is held to the same, whatever was exchanged meanwhile: see lora.folder.
 
         Raises InvalidRequest for text that is no path, PathNotAllowed for a path outside the roots (whether it exists
         or not: the answer tells nothing about other folders), InvalidAdapter with the reason ADAPTER_FILES_MISSING
@@ -72,15 +92,15 @@ class AdapterRoots:
         searched = [Path(source)] if os.path.isabs(source) else [root / source for root in self.paths]
         inside = False
         for path in searched:
-            real = Path(os.path.realpath(path))
-            if not self._allows(real):
+            real = real_path(path)
+            if root_of(real, self._allowed) is None:
                 continue
             inside = True
-            if os.path.isdir(real):
+            if _is_folder(real, source):
                 self._check_files(real)
-                return real
+                return AdapterFolder(real, self._allowed)
         if searched and not inside:
-            raise self._not_allowed(source)
+            raise not_allowed(source, self.paths)
         raise InvalidAdapter(
             "source", self._missing(source), reason="ADAPTER_FILES_MISSING", metadata={"source": source}
         )
@@ -104,18 +124,20 @@ class AdapterRoots:
 
     def _check_files(self, folder: Path) -> None:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not self._allows(Path(os.path.realpath(folder / name))):
-                raise self._not_allowed(str(folder / name))
-
-    def _allows(self, real: Path) -> bool:
-        return any(real.is_relative_to(root) for root in self._allowed)
-
-    def _not_allowed(self, path: str) -> PathNotAllowed:
-        return PathNotAllowed(
-            f"{path!r} leads outside the adapter roots {self._listed()} once `..` and symbolic links are resolved; "
-            "copy the folder under a root, or start the server with another --adapter-dir",
-            metadata={"path": path},
-        )
+            if root_of(real_path(folder / name), self._allowed) is None:
+                raise not_allowed(str(folder / name), self.paths)
 
     def _listed(self) -> str:
         return ", ".join(map(str, self.paths)) or "(none)"
+
+
+def _is_folder(real: Path, source: str) -> bool:
+    """Raises InvalidAdapter where that cannot be seen; whatever leads nowhere or in a circle is none."""
+    try:
+        return stat.S_ISDIR(os.stat(real).st_mode)
+    except PermissionError as error:
+        raise InvalidAdapter(
+            "source", f"{source!r} cannot be read: {error.strerror}", reason="ADAPTER_FILES_UNREADABLE"
+        ) from None
+    except OSError:
+        return False

@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from loramux.errors import InvalidAdapter
-from loramux.lora.header import LENGTH_BYTES, TensorEntry, header_length, parse_header
+from loramux.errors import InvalidAdapter, LoramuxError
+from loramux.lora.folder import AdapterFolder, OpenedFolder, as_folder
+from loramux.lora.header import LENGTH_BYTES, START_BYTES, TensorEntry, header_length, parse_header
 from loramux.lora.host_memory import allocate
 from loramux.lora.layout import SCALE_BYTES, aligned
 from loramux.lora.limits import ReadLimits
 from loramux.lora.matching import parse_key
+from loramux.lora.missing import missing
 from loramux.lora.peft_config import PeftConfig, parse_config
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 
 _CHUNK = 1 << 20
-_PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +43,7 @@ class FolderSnapshot:
     digest: str
 
 
-def take_snapshot(folder: Path, limits: ReadLimits) -> FolderSnapshot:
+def take_snapshot(folder: AdapterFolder | Path, limits: ReadLimits) -> FolderSnapshot:
     """Read both files.
 
     Raises InvalidAdapter: missing, too large, broken header, or changed while it was read.
@@ -52,12 +53,12 @@ def take_snapshot(folder: Path, limits: ReadLimits) -> FolderSnapshot:
         config = bytes(_read(config_file, digest))
         weights = _read(weights_file, digest)
         size = len(weights)
-        length = header_length(bytes(weights[:LENGTH_BYTES]), size, limits)
+        length = header_length(bytes(weights[:START_BYTES]), size, limits)
         entries = parse_header(bytes(weights[LENGTH_BYTES : LENGTH_BYTES + length]), size, limits)
     return FolderSnapshot(config, weights, entries, f"sha256:{digest.hexdigest()}")
 
 
-def folder_digest(folder: Path, limits: ReadLimits) -> str:
+def folder_digest(folder: AdapterFolder | Path, limits: ReadLimits) -> str:
     """The digest alone, in constant memory.
 
     Raises InvalidAdapter as take_snapshot does, the header excepted.
@@ -72,34 +73,48 @@ def folder_digest(folder: Path, limits: ReadLimits) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def measure(folder: Path, item_bytes: int, limits: ReadLimits) -> int:
+def read_beside(folder: AdapterFolder | Path, name: str, limit: int) -> bytes | None:
+    """Another file of the folder; None if there is none, or none of at most `limit` bytes that may be read."""
+    try:
+        with as_folder(folder).opened() as opened, _open(opened, name, limit) as file:
+            return file.read(limit)
+    except (OSError, LoramuxError):
+        return None
+
+
+def measure(folder: AdapterFolder | Path, item_bytes: int, limits: ReadLimits) -> int:
     """Bytes that the adapter will take on a device of `item_bytes` a number; reads the config and the header.
 
-    Exact for every adapter that can be loaded: each of its tensors is used once and laid out as lora.layout says.
+    Exact for every adapter that can be loaded: each of its factors is used once and laid out as lora.layout says.
     Raises InvalidAdapter: as take_snapshot does, and for a config or a tensor that is not served.
     """
     with _opened(folder, limits) as (config_file, file):
-        config = parse_config(config_file.read())
+        config = parse_config(config_file.read(limits.config_bytes))
         size = os.fstat(file.fileno()).st_size
-        length = header_length(file.read(LENGTH_BYTES), size, limits)
+        length = header_length(file.read(START_BYTES), size, limits)
+        file.seek(LENGTH_BYTES)
         entries = parse_header(file.read(length), size, limits)
     return sum(_bytes_on_device(entry, config, item_bytes) for entry in entries)
 
 
 def _bytes_on_device(entry: TensorEntry, config: PeftConfig, item_bytes: int) -> int:
-    """DoRA's magnitude becomes a float32 scale; QA-LoRA's A is expanded."""
-    part = parse_key(entry.key).part
+    """DoRA's magnitude becomes a float32 scale; QA-LoRA's A is expanded; a tensor of the base is compared only."""
+    parsed = parse_key(entry.key)
+    if parsed.of_base:
+        return 0
+    part = parsed.part
     pooling = config.pooling if part == "A" else 1
     return aligned(math.prod(entry.shape) * pooling * (SCALE_BYTES if part == "magnitude" else item_bytes))
 
 
 @contextmanager
-def _opened(folder: Path, limits: ReadLimits) -> Iterator[tuple[BufferedReader, BufferedReader]]:
-    """Both files, open; on leaving, a check that neither changed since."""
+def _opened(folder: AdapterFolder | Path, limits: ReadLimits) -> Iterator[tuple[BufferedReader, BufferedReader]]:
+    """Both files of one folder, open; on leaving, a check that neither changed since."""
     try:
         with ExitStack() as stack:
-            config = stack.enter_context(_open(folder, CONFIG_FILE, limits.config_bytes))
-            weights = stack.enter_context(_open(folder, WEIGHTS_FILE, limits.file_bytes))
+            opened = stack.enter_context(as_folder(folder).opened())
+            config = stack.enter_context(_open(opened, CONFIG_FILE, limits.config_bytes))
+            weights = stack.enter_context(_open(opened, WEIGHTS_FILE, limits.file_bytes))
             before = [_identity(file) for file in (config, weights)]
             yield config, weights
             for file, was in zip((config, weights), before, strict=True):
@@ -111,13 +126,12 @@ def _opened(folder: Path, limits: ReadLimits) -> Iterator[tuple[BufferedReader, 
         ) from None
 
 
-def _open(folder: Path, name: str, limit: int) -> BufferedReader:
-    path = folder / name
+def _open(opened: OpenedFolder, name: str, limit: int) -> BufferedReader:
+    path = opened.folder.path / name
     try:
-        # Nonblocking, so that a pipe in the file's place cannot hold the worker; it is refused below.
-        file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
+        file = open(name, "rb", opener=lambda name, _: opened.open(name))  # noqa: SIM115
     except FileNotFoundError:
-        raise InvalidAdapter(name, _missing(folder, name), reason="ADAPTER_FILES_MISSING") from None
+        raise InvalidAdapter(name, missing(opened, name), reason="ADAPTER_FILES_MISSING") from None
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         file.close()
@@ -131,16 +145,6 @@ def _open(folder: Path, name: str, limit: int) -> BufferedReader:
             metadata={"bytes": status.st_size, "limit": limit},
         )
     return file
-
-
-def _missing(folder: Path, name: str) -> str:
-    pickled = next((p for p in _PICKLED if (folder / p).exists()), None)
-    if name == WEIGHTS_FILE and pickled:
-        return (
-            f"{folder} has only {pickled}, a pickle, which can run code and is never opened. Convert it where you "
-            f"trust it: safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), '{WEIGHTS_FILE}')"
-        )
-    return f"{folder} has no {name}; an adapter folder is what PEFT's save_pretrained writes"
 
 
 def _identity(file: BufferedReader) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from loramux.errors import Overloaded
+from loramux.errors import SlowReader
 
 Value = TypeVar("Value")
 
@@ -19,7 +19,7 @@ class Subscription(Generic[Value]):
     read.
 
     A reader who falls behind by more than `limit` keys loses the subscription, not some of the changes in silence:
-    `next` then raises Overloaded (WATCH_TOO_SLOW), and the reader subscribes again.
+    `next` then raises SlowReader (WATCH_TOO_SLOW), and the reader subscribes again.
     """
 
     def __init__(self, limit: int) -> None:
@@ -45,7 +45,7 @@ class Subscription(Generic[Value]):
         """The oldest waiting value; waits for one. None: the subscription was closed and all is read."""
         while not self._waiting:
             if self._overrun:
-                raise Overloaded(
+                raise SlowReader(
                     "this watcher reads too slowly and missed changes; watch again", reason="WATCH_TOO_SLOW"
                 )
             if self._closed:

@@ -10,7 +10,7 @@ Turns are given oldest first. A younger request whose adapters happen to be ther
 memory, but not for longer than `patience` seconds: then the running ones end, and the memory is the older one's.
 
 What is put out is what is worth least by GreedyDual-Size-Frequency (Cherkasova 1998): uses × cost of a load / bytes,
-plus the worth of what was put out last, so that old fame fades.
+plus the worth of what was put out last, so that old fame fades. What could not be read again goes last.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Tiers:
             return []
         kept = set(keep)
         free = [e for e in self._resident.values() if not (e.pinned or e.held or e.uid in kept)]
-        free.sort(key=lambda e: (last.get(e.uid, -1), e.worth))
+        free.sort(key=lambda e: (e.irreplaceable, last.get(e.uid, -1), e.worth))
         victims = []
         for entry in free:
             victims.append(entry)
@@ -265,9 +265,11 @@ class Tiers:
         if limit is not None:
             if loaded.nbytes > limit:
                 return
-            for other in sorted(self._hosted.values(), key=lambda e: e.worth):
+            for other in sorted(self._hosted.values(), key=lambda e: (e.irreplaceable, e.worth)):
                 if self.host.used + loaded.nbytes <= limit:
                     break
+                if other.irreplaceable and not entry.irreplaceable:
+                    return
                 self._forget_host(other)
                 self.changed(other)
         self.host.take(entry.uid, loaded.nbytes, what=f"adapter {entry.name!r}")

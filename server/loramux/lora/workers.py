@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,6 +36,21 @@ class Job:
         """End the call that runs, and every later one, with `error`."""
         if not self.aborted.done():
             self.aborted.set_result(error)
+
+    async def wait(self, work: Coroutine[Any, Any, None]) -> None:
+        """`work`, on the event loop. Raises what it raises; else as Workers.run does."""
+        task = asyncio.ensure_future(work)
+        ends: set[asyncio.Future[Any]] = {task, self.aborted}
+        left = self.deadline - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if self.aborted.done():
+                raise self.aborted.result()
+            if not task.done():
+                raise DeadlineExceeded(f"its folder was being written for longer than {self.timeout:g} s")
+            await task
+        finally:
+            task.cancel()
 
     def when_idle(self, callback: Callable[[], None]) -> None:
         """Call back once no worker is busy with this job: now, or when its stray ends."""

@@ -120,6 +120,10 @@ class CausalLM:
         """A fresh float32 [out_features, in_features] of a site's weight, on the model's device. Any thread may ask."""
         return self._linears[site.index].dequantize()
 
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The weights that no adapter changes, by their names in the Hugging Face model. Not to be written to."""
+        return {name: parameter.data for name, parameter in self._skeleton.named_parameters(remove_duplicate=False)}
+
     def allocate_kv(self, num_blocks: int, block_size: int) -> None:
         """Replace the cache by one of `num_blocks` blocks of `block_size` tokens. Graphs of the old one are gone."""
         self.graphs = None

@@ -21,6 +21,8 @@ _Result = TypeVar("_Result")
 def summary(error: BaseException) -> str:
     """The error's type and text in one line, cut where it gets long."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it needs Python code of the folder's own (auto_map), which loramux never runs"
     if len(text) > _LONGEST:
         text = text[:_LONGEST].rstrip() + " …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -52,7 +52,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
         del config.quantization_config
     try:
         with refusing(f"{name}: transformers cannot build this model"), meta_parameters():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
     except UnsupportedModel as error:
         cause = error.__cause__
         if isinstance(cause, KeyError) and cause.args == (attention,):

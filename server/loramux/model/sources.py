@@ -1,26 +1,44 @@
 """Where a base model comes from: a Hugging Face folder or hub id, a GGUF file, or an embedded default.
 
-safetensors only: pickled checkpoints are refused, since reading one runs code of its author's choosing.
+safetensors only: pickled checkpoints are refused, since reading one runs code of its author's choosing. For the same
+reason no Python file of a model's is ever run, nor is anybody asked whether to; and what a folder says of other
+repositories is not followed.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    dynamic_module_utils,
+)
 from transformers.utils import logging as transformers_logging
 
 from loramux.errors import StartupError
 from loramux.merge_report import MERGE_REPORT
 from loramux.model.embedded import EMBEDDED, ensure_embedded
+from loramux.model.place import local_place, names
 from loramux.model.refusal import refusing
 from loramux.model.towers import language_config
+
+# With 0 transformers refuses where it would ask on the terminal whether to run a folder's code: also where its own
+# modeling code looks up a part of a model, and no argument of ours arrives.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 class TensorSource(ABC):
@@ -56,21 +74,12 @@ class FolderSource(TensorSource):
         if not (folder / "config.json").is_file():
             raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
         with refusing(f"{name}: transformers cannot read config.json", StartupError):
-            config = AutoConfig.from_pretrained(folder)
-        quantization = getattr(config, "quantization_config", None) or {}
-        if quantization and not (
-            quantization.get("quant_method", "bitsandbytes") == "bitsandbytes"
-            and quantization.get("load_in_4bit")
-            and quantization.get("bnb_4bit_quant_type") == "nf4"
-        ):
-            raise StartupError(
-                f"{name}: the checkpoint is quantized with {quantization.get('quant_method', '?')}; "
-                "loramux reads dense checkpoints and bitsandbytes NF4"
-            )
+            config = AutoConfig.from_pretrained(folder, **_NO_CODE)
+        _forget_code(config)
+        _check_quantization(name, getattr(config, "quantization_config", None))
         self.config = language_config(config)
         self.towers = self.config is not config
-        with refusing(f"{name}: transformers cannot read generation_config.json", StartupError):
-            self.generation_config = _generation_config(folder)
+        self.generation_config = _generation_config(folder)
         self.tokenizer = _tokenizer(folder, None)
         self.merged = (folder / MERGE_REPORT).is_file()
         self._files = self._index(folder)
@@ -131,13 +140,14 @@ class GgufSource(TensorSource):
             options = {}
         else:
             options = {"quantization_config": GgufConfig(dequantize=True)}
-        with refusing(f"{name}: transformers cannot read this GGUF file", StartupError):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, **options
-            )
+        with _alone(path) as folder:
+            with refusing(f"{name}: transformers cannot read this GGUF file", StartupError):
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, gguf_file=path.name, dtype=torch.float32, **options, **_NO_CODE
+                )
+            self.tokenizer = _tokenizer(folder, path.name)
         self.config = model.config
         self.generation_config = model.generation_config
-        self.tokenizer = _tokenizer(path.parent, path.name)
         self._tensors: dict[str, Tensor] = dict(model.state_dict())
 
     def keys(self) -> Iterable[str]:
@@ -152,17 +162,11 @@ def open_source(model: str, *, revision: str | None = None) -> TensorSource:
     transformers_logging.disable_progress_bar()
     if model in EMBEDDED:
         return FolderSource(ensure_embedded(model, convert_gguf), model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return FolderSource(path, model)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise StartupError(f"{model}: a model is a Hugging Face folder or id, a .gguf file, or one of {_names()}")
-        return GgufSource(path, model)
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    place = local_place(model)
+    if place is None:
         folder = _download(model, revision)
         return FolderSource(folder, model, str(folder))
-    raise StartupError(f"{model}: no such folder or file, and no embedded model of that name ({_names()})")
+    return GgufSource(place, model) if place.is_file() else FolderSource(place, model)
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
@@ -171,10 +175,6 @@ def convert_gguf(gguf: Path, out: Path) -> None:
 
     for _ in write_checkpoint(GgufSource(gguf, gguf.name), out):
         pass
-
-
-def _names() -> str:
-    return ", ".join(sorted(EMBEDDED))
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -187,14 +187,50 @@ def _download(model: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StartupError(
             f"{model}: could not be fetched from the hub ({type(error).__name__}); "
-            f"give a local folder, or one of the embedded models: {_names()}"
+            f"give a local folder, or one of the embedded models: {names()}"
         ) from error
+
+
+def _check_quantization(name: str, quantization: object) -> None:
+    """Raises StartupError unless a config's quantization_config is none, or the one that is read."""
+    if not quantization:
+        return
+    found = quantization if isinstance(quantization, dict) else {}
+    method = found.get("quant_method", "bitsandbytes" if found else "?")
+    if method != "bitsandbytes" or not found.get("load_in_4bit") or found.get("bnb_4bit_quant_type") != "nf4":
+        raise StartupError(
+            f"{name}: the checkpoint is quantized with {method}; loramux reads dense checkpoints and bitsandbytes NF4"
+        )
+
+
+def _forget_code(config: PretrainedConfig) -> None:
+    """Drop what names Python files, of the parts' configs too: a folder whose architecture transformers has is served
+    with transformers' code."""
+    config.__dict__.pop("auto_map", None)
+    for part in config.sub_configs:
+        inner = getattr(config, part, None)
+        if isinstance(inner, PretrainedConfig):
+            _forget_code(inner)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder in which `file` lies alone, under its own name.
+
+    What else lies beside it would be read as well: an adapter_config.json there makes transformers load the base that
+    it names.
+    """
+    with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
+        folder = Path(scratch)
+        (folder / file.name).symlink_to(file.resolve())
+        yield folder
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
     if not (folder / "generation_config.json").is_file():
         return None
-    return GenerationConfig.from_pretrained(folder)
+    with refusing(f"{folder}: transformers cannot read generation_config.json", StartupError):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _tokenizer(folder: Path, gguf: str | None) -> object | None:
@@ -202,4 +238,4 @@ def _tokenizer(folder: Path, gguf: str | None) -> object | None:
     if gguf is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     with refusing(f"{folder}: transformers cannot read the tokenizer", StartupError):
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder, **options, **_NO_CODE)

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import tokenizers
 from jinja2.exceptions import TemplateError
 
 from loramux.errors import InvalidRequest
+from loramux.model.control_tokens import ControlTokens
+
+AtLeast = Callable[[int], None]  # told how many tokens a text has at least, as that becomes known; raises to stop
+
+_PIECE = 32 << 10  # characters
+_RENDER_SECONDS = 5.0  # of the thread's own time; a thousand turns take some hundredths
+_LEAST_LONGEST = 16  # characters of the longest token, where a vocabulary is no measure: of bytes, say
+_COMPOSED = 4  # most characters that a normalizer makes one of: α and three marks
+# What a template raises on turns that it was not written for, beside its own errors.
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def _go_on(tokens: int) -> None:
+    pass
 
 
 class Tokenizer:
-    """Wraps a transformers fast tokenizer. Thread-safe for encoding; holds no per-request state."""
+    """Wraps a transformers fast tokenizer. Thread-safe for encoding; holds no per-request state.
+
+    The Rust tokenizer is called directly, and by `encode_batch_fast`: `encode` holds the interpreter's lock as long as
+    it works.
+    """
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self._hf = hf_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._control = ControlTokens(self.backend, self._template, hf_tokenizer.all_special_tokens)
+        longest = max(map(len, self.backend.get_vocab()), default=1)
+        composed = 1 if self.backend.normalizer is None else _COMPOSED
+        self._longest = max(longest, _LEAST_LONGEST) * composed
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -24,33 +52,126 @@ class Tokenizer:
         return backend
 
     @property
+    def chat_template(self) -> str | None:
+        """The template that messages are rendered with; None without one."""
+        template = self._hf.chat_template
+        return template if isinstance(template, str) else None
+
+    @property
     def eos_token_id(self) -> int | None:
         """The tokenizer's own end-of-sequence id; the model's generation config may name more."""
         token_id: int | None = self._hf.eos_token_id
         return token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that this tokenizer adds by its own configuration."""
-        ids: list[int] = self._hf(text, add_special_tokens=True, verbose=False)["input_ids"]
-        return ids
+    @property
+    def longest_token(self) -> int:
+        """Most characters of a text that one token stands for."""
+        return self._longest
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, text: str, parse_special: bool = True, at_least: AtLeast = _go_on) -> list[int]:
+        """Ids of `text`, with the special tokens that this tokenizer adds by its own configuration.
+
+        With `parse_special`, the text of a special token is that token; without, it is text like any other. A long
+        text is counted in pieces first, `at_least` being asked after each.
+        """
+        return self._ids(self.backend if parse_special else self._control.marked, text, True, at_least)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on) -> list[int]:
         """Ids of a conversation in the base's chat template (rendered by transformers in Jinja's sandbox), ending
-        where the assistant's answer begins. Raises InvalidRequest if there is no template or it refuses the turns."""
+        where the assistant's answer begins. The text of a control token in a turn's content is text like any other.
+        Raises InvalidRequest if there is no template or it refuses the turns."""
         if not self._hf.chat_template:
             raise InvalidRequest("chat", "this base model has no chat template; send `prompt` instead")
-        try:
-            ids: list[int] = self._hf.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
-        return ids
+        contents = [turn["content"] for turn in messages]
+        if not self._control.in_contents(contents):
+            return self._ids(self.backend, self._render(messages, at_least), False, at_least)
+        return self._ids(self._control.marked, self._marked(messages, contents, at_least), False, at_least)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 becomes U+FFFD."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
+
+    @property
+    def _template(self) -> str:
+        template = self._hf.chat_template
+        return template if isinstance(template, str) else "".join((template or {}).values())
+
+    def _render(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast) -> str:
+        try:
+            with _interrupted(at_least):
+                text: str = self._hf.apply_chat_template(
+                    [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+                )
+        except _TEMPLATE_ERRORS as error:
+            raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
+        return text
+
+    def _marked(self, messages: Sequence[Mapping[str, str]], contents: list[str], at_least: AtLeast) -> str:
+        """The rendered conversation for `ControlTokens.marked`: marks where the template wrote control tokens.
+
+        The template gets the contents with one character of each control token's text disguised, which it hands on
+        whatever it does with them. If that changes what it does, it looks for such texts in contents itself, as it may
+        for "</think>": tokens that are not special are then left to it.
+        """
+        control = self._control
+        plain = self._render(messages, at_least)
+        masks = control.masks(plain, *contents)
+        unmask = str.maketrans({mask: first for first, mask in masks.items()})
+
+        def disguised(but: frozenset[str]) -> str:
+            masked = control.disguise(contents, masks, but)
+            return self._render([{**m, "content": c} for m, c in zip(messages, masked, strict=True)], at_least)
+
+        text = disguised(frozenset())
+        if text.translate(unmask) != plain:
+            found = frozenset(control.found(contents))
+            looked_for = {t for t in found - control.special if disguised(found - {t}).translate(unmask) != plain}
+            text = disguised(frozenset(looked_for))
+        return control.mark(text).translate(unmask)
+
+    def _ids(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool, at_least: AtLeast) -> list[int]:
+        if len(text) > _PIECE:
+            self._count(backend, text, at_least)
+        return _encode(backend, text, add_special_tokens)
+
+    def _count(self, backend: tokenizers.Tokenizer, text: str, at_least: AtLeast) -> None:
+        """Tell `at_least` about more and more of the text. A cut may make more tokens of the one that it goes through,
+        never more than that has characters."""
+        tokens = 0
+        for start in range(0, len(text), _PIECE):
+            tokens += len(_encode(backend, text[start : start + _PIECE], False)) - self._longest
+            at_least(tokens)
+
+
+@contextmanager
+def _interrupted(at_least: AtLeast) -> Iterator[None]:
+    """Before each line of a template's code, ask `at_least`, and raise InvalidRequest if it has run for too long.
+
+    The sandbox bounds a range, not loops within loops: a template could keep the thread for ever.
+    """
+    end = time.thread_time() + _RENDER_SECONDS
+
+    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+        at_least(0)
+        if time.thread_time() > end:
+            raise InvalidRequest("chat.messages", f"the base's chat template takes more than {_RENDER_SECONDS:g} s")
+        return on_line
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        return on_line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
 
 
 class IdsOnly:
@@ -61,10 +182,15 @@ class IdsOnly:
         """Decodes every id to nothing."""
         return tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def longest_token(self) -> int:
+        """See Tokenizer; nothing is encoded here."""
+        return 1 << 30
+
+    def encode(self, text: str, parse_special: bool = True, at_least: AtLeast = _go_on) -> list[int]:
         """Raises InvalidRequest."""
         raise InvalidRequest("prompt", "this base model has no tokenizer; send `token_ids`")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on) -> list[int]:
         """Raises InvalidRequest."""
         raise InvalidRequest("chat", "this base model has no tokenizer; send `token_ids`")

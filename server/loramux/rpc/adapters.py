@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 from loramux.engine.client import EngineClient
-from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, Overloaded
+from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, SlowReader
 from loramux.lora.entry import AdapterEntry, Residency, State
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.manager import AdapterManager
@@ -14,6 +14,8 @@ from loramux.rpc import convert
 from loramux.rpc.boundary import Context
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import MergeDone, Merger, MergeStep
+from loramux.rpc.sizes import MAX_MERGED
+from loramux.rpc.watchers import Watchers
 from loramux.v1 import adapters_pb2 as pb
 from loramux.v1 import adapters_pb2_grpc as pb_grpc
 
@@ -60,6 +62,7 @@ def describe(entry: AdapterEntry, merged: str = "") -> pb.Adapter:
         leases=len(entry.leases),
         error=entry.error.message if entry.error is not None else "",
         merged=entry.name == merged,
+        warnings=entry.warnings,
     )
     if entry.loaded_at:
         message.loaded_at.FromNanoseconds(int(entry.loaded_at * 1e9))
@@ -80,6 +83,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         self._merged = merged
         self._engine = engine
         self._send_timeout = send_timeout
+        self._watchers = Watchers()
 
     def _describe(self, entry: AdapterEntry) -> pb.Adapter:
         return describe(entry, self._merged.name)
@@ -121,12 +125,12 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         budget = self._manager.registry.budget
         after = _parse_page_token(request.page_token)
         size = min(request.page_size or MAX_PAGE, MAX_PAGE)
-        entries = sorted(self._manager.list(), key=_place)
-        rest = [entry for entry in entries if _place(entry) > after]
-        page = rest[:size]
+        page = self._manager.registry.page(after, size + 1)
+        more = len(page) > size
+        page = page[:size]
         return pb.ListAdaptersResponse(
             adapters=[self._describe(entry) for entry in page],
-            next_page_token="/".join(_place(page[-1])) if len(rest) > size else "",
+            next_page_token="/".join(_place(page[-1])) if more else "",
             device_bytes=budget.used,
             device_budget_bytes=budget.limit or 0,
             host_bytes=self._manager.registry.tiers.host.used,
@@ -140,11 +144,14 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
         return pb.UpdateAdapterResponse(adapter=self._describe(entry))
 
     async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
-        async with aclosing(self._manager.watch()) as entries:
-            async for entry in entries:
-                await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
+        with self._watchers.one():
+            async with aclosing(self._manager.watch()) as entries:
+                async for entry in entries:
+                    await self._send(context, pb.WatchAdaptersResponse(adapter=self._describe(entry)), "watch again")
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> None:
+        if len(request.mix) > MAX_MERGED:
+            raise InvalidRequest("mix", f"has {len(request.mix)} adapters; at most {MAX_MERGED} are allowed")
         wanted = convert.weighted(request.name, request.mix, "name")
         if not wanted:
             raise InvalidRequest("name", "is empty; name the adapter to merge, or give a mix")
@@ -175,9 +182,7 @@ class AdapterServicer(pb_grpc.AdapterServiceServicer):
             async with asyncio.timeout(self._send_timeout):
                 await context.write(message)
         except TimeoutError:
-            raise Overloaded(
-                f"the client did not read for {self._send_timeout:g} s; {then}", reason="SLOW_READER"
-            ) from None
+            raise SlowReader(f"the client did not read for {self._send_timeout:g} s; {then}") from None
 
 
 def _merging(step: MergeStep | MergeDone) -> pb.MergeAdapterResponse:

@@ -8,14 +8,14 @@ called.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from loramux.errors import LoramuxError, Unauthenticated, WrongScope
-from loramux.rpc.boundary import Context, Continuation, Handler, abort
+from loramux.rpc import request_ids
+from loramux.rpc.boundary import Context, Continuation, Handler, OnRefusal, abort
 
 _OPEN = ("/grpc.health.v1.Health/",)
 
@@ -24,7 +24,7 @@ class BearerAuth(grpc.aio.ServerInterceptor):
     """Lets calls pass that carry `authorization: Bearer <key>`.
 
     `other_key` is the other port's key: who presents it is known, but on the wrong port (PERMISSION_DENIED).
-    `on_error` is told of every refusal.
+    `on_refusal` is told of every refusal: the method, the request's id, the error.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class BearerAuth(grpc.aio.ServerInterceptor):
         *,
         scope: str,
         other_key: str | None,
-        on_error: Callable[[LoramuxError], None],
+        on_refusal: OnRefusal,
     ) -> None:
         self._key = key
-        self._on_error = on_error
+        self._on_refusal = on_refusal
         self._scope = scope
         self._other_key = other_key
 
@@ -49,8 +49,9 @@ class BearerAuth(grpc.aio.ServerInterceptor):
         refusal = self._refusal(self._key, handler_call_details.invocation_metadata)
         if refusal is None:
             return handler  # type: ignore[no-any-return]
-        self._on_error(refusal)
-        return _denying(handler, refusal)
+        request_id = request_ids.begin(None, handler_call_details.invocation_metadata)
+        self._on_refusal(handler_call_details.method, request_id, refusal)
+        return _denying(handler, refusal, request_id)
 
     def _refusal(self, key: str, metadata: Any) -> LoramuxError | None:
         given = [value for name, value in metadata or () if name == "authorization"]
@@ -74,14 +75,14 @@ def _same(given: str, key: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
 
 
-def _denying(handler: Any, error: LoramuxError) -> Handler:
+def _denying(handler: Any, error: LoramuxError, request_id: str) -> Handler:
     """A handler of the same arity that aborts: grpc.aio drives a call by its handler's arity.
 
     It has no deserializer, so an unauthenticated caller's message is never parsed.
     """
 
     async def deny(_request: Any, context: Context) -> None:
-        await abort(context, error)
+        await abort(context, error, request_id)
 
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(deny)

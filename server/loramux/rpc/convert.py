@@ -1,13 +1,14 @@
-"""Proto messages to the engine's records and back: pure functions.
+"""Proto messages to the engine's records and back.
 
-Checks the shape of a request (which fields go together, roles, finite weights); values against limits are
+Checks the shape of a request (which fields go together, roles, weights); values against limits are
 checked by the engine's door. Knows nothing of what names and ids mean.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loramux.engine.request import (
@@ -21,11 +22,13 @@ from loramux.engine.request import (
     Usage,
 )
 from loramux.errors import InvalidRequest
+from loramux.lora.mixing import check_weight
 from loramux.v1 import generation_pb2 as pb
 
 ROLES = ("system", "user", "assistant")
 
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+_LOGPROBS_AT_ONCE = 2048  # made into messages without a break: some milliseconds
 _SCALARS = (
     "max_new_tokens",
     "min_new_tokens",
@@ -74,8 +77,7 @@ def weighted(single: str, mix: Sequence[pb.AdapterWeight], field: str) -> list[t
             raise InvalidRequest(f"mix[{i}].adapter", "is empty; the base is in every sum and needs no entry")
         if part.adapter in seen:
             raise InvalidRequest(f"mix[{i}].adapter", f"{part.adapter!r} is there twice; add its weights up")
-        if not math.isfinite(part.weight):
-            raise InvalidRequest(f"mix[{i}].weight", f"must be finite, got {part.weight}")
+        check_weight(part.weight, f"mix[{i}].weight")
         seen.add(part.adapter)
     return [(part.adapter, part.weight) for part in mix]
 
@@ -92,13 +94,20 @@ def input_field(message: pb.GenerateRequest | pb.CountTokensRequest) -> str:
     return kind
 
 
+def parse_special(message: pb.GenerateRequest | pb.CountTokensRequest) -> bool:
+    """Whether texts of special tokens in the prompt are those tokens; true unless it says otherwise."""
+    return message.parse_special if message.HasField("parse_special") else True
+
+
 def chat(message: pb.Chat) -> list[dict[str, str]]:
     """The turns as chat templates take them. Raises InvalidRequest."""
     if not message.messages:
         raise InvalidRequest("chat.messages", "is empty; give at least one turn", reason="EMPTY_PROMPT")
     for i, turn in enumerate(message.messages):
         if turn.role not in ROLES:
-            raise InvalidRequest(f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {turn.role!r}")
+            got = turn.role if len(turn.role) <= 40 else turn.role[:40] + "…"
+            hint = "; what a developer says goes as system" if turn.role == "developer" else ""
+            raise InvalidRequest(f"chat.messages[{i}].role", f"must be one of {', '.join(ROLES)}, got {got!r}{hint}")
     return [{"role": turn.role, "content": turn.content} for turn in message.messages]
 
 
@@ -156,39 +165,74 @@ def stream_event(event: Delta | SequenceFinished) -> pb.GenerateStreamResponse:
     )
 
 
+async def in_pieces(event: Delta | SequenceFinished) -> AsyncGenerator[Delta | SequenceFinished, None]:
+    """The event; a delta with many log probabilities as several, between which the event loop serves others."""
+    if isinstance(event, SequenceFinished) or not event.logprobs:
+        yield event
+        return
+    step = max(1, _LOGPROBS_AT_ONCE // (1 + len(event.logprobs[0].top)))
+    for start in range(0, len(event.token_ids), step):
+        if start > 0:
+            await asyncio.sleep(0)
+        stop = start + step
+        text = "" if start > 0 else event.text
+        yield Delta(event.index, text, event.token_ids[start:stop], event.logprobs[start:stop])
+
+
 class Answer:
-    """Adds the events of one request up to the unary answer."""
+    """Adds the events of one request up to the unary answer.
+
+    Log probabilities are serialized as they come: those of 16 sequences with 20 alternatives a token are a million
+    messages, which would hold the event loop for seconds if they were built and serialized at the end.
+    """
 
     def __init__(self, n: int) -> None:
         self._parts = [Delta(index=index) for index in range(n)]
+        self._logprobs: list[list[bytes]] = [[] for _ in range(n)]
         self._ends: dict[int, SequenceFinished] = {}
         self._last = SequenceFinished(index=0, reason=FinishReason.STOP)
 
     def add(self, event: Delta | SequenceFinished) -> None:
         """Take the next event."""
-        if isinstance(event, Delta):
-            self._parts[event.index].merge(event)
+        if isinstance(event, SequenceFinished):
+            self._ends[event.index] = event
+            self._last = event
             return
-        self._ends[event.index] = event
-        self._last = event
+        if event.logprobs:
+            part = pb.Completion(logprobs=token_logprobs(event.logprobs))
+            self._logprobs[event.index].append(part.SerializeToString())
+        self._parts[event.index].merge(replace(event, logprobs=[]))
 
-    def message(self, request_id: str, adapters: Iterable[AdapterUse]) -> pb.GenerateResponse:
-        """The answer, after the last event."""
-        completions = [
-            pb.Completion(
-                index=part.index,
-                text=part.text,
-                token_ids=part.token_ids,
-                logprobs=token_logprobs(part.logprobs),
-                finish_reason=_FINISH[self._ends[part.index].reason],
-                stop=self._ends[part.index].stop,
-            )
-            for part in self._parts
-        ]
-        return pb.GenerateResponse(
+    def serialized(self, request_id: str, adapters: Iterable[AdapterUse]) -> bytes:
+        """The GenerateResponse, after the last event. In protobuf, messages that follow each other are one message."""
+        answer = pb.GenerateResponse(
             request_id=request_id,
             adapters=resolved(adapters),
-            completions=completions,
             usage=usage(self._last.usage),
             timings=timings(self._last.timings),
         )
+        pieces = [answer.SerializeToString()]
+        for part, logprobs in zip(self._parts, self._logprobs, strict=True):
+            end = self._ends[part.index]
+            completion = pb.Completion(
+                index=part.index,
+                text=part.text,
+                token_ids=part.token_ids,
+                finish_reason=_FINISH[end.reason],
+                stop=end.stop,
+            )
+            content = [completion.SerializeToString(), *logprobs]
+            pieces += [_COMPLETION, _varint(sum(map(len, content))), *content]
+        return b"".join(pieces)
+
+
+# What stands before a completion: its field's number, and that a length follows.
+_COMPLETION = bytes([pb.GenerateResponse.DESCRIPTOR.fields_by_name["completions"].number << 3 | 2])
+
+
+def _varint(number: int) -> bytes:
+    digits = bytearray()
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*digits, number])

@@ -8,20 +8,19 @@ whichever way a request ends. Runs on the event loop's thread. Knows nothing of 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from loramux.engine.client import EngineClient
-from loramux.engine.door import check_request
+from loramux.engine.door import check_prompt, check_request, check_sampling
 from loramux.engine.request import AdapterUse, Delta, Event, Request, RequestFailed, SequenceFinished
 from loramux.errors import EngineFault
 from loramux.metrics import Metrics
-from loramux.rpc import convert
+from loramux.rpc import convert, request_ids, sizes
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Leases
-from loramux.rpc.telemetry import RequestWatch
+from loramux.rpc.telemetry import RequestRecord
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import generation_pb2 as pb
 
@@ -29,11 +28,11 @@ from loramux.v1 import generation_pb2 as pb
 class Flight:
     """A checked request whose adapters are leased. `request_id` is the caller's; the engine knows another one."""
 
-    def __init__(self, request: Request, request_id: str, engine: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, request: Request, engine: EngineClient, record: RequestRecord) -> None:
         self.request = request
-        self.request_id = request_id
+        self.request_id = request.shown_id
         self.handed_over = False
-        self._watch = RequestWatch(metrics, request)
+        self._record = record
         self._events: AsyncGenerator[Event, None] = engine.generate(request)
         self._first: asyncio.Task[Event | None] | None = None
         self._first_seen = False
@@ -44,11 +43,12 @@ class Flight:
         self._first = asyncio.create_task(self._take_off())
         await asyncio.sleep(0)  # the engine accepts or refuses within its first turn
         if self._first.done() and not self._first.cancelled() and (error := self._first.exception()) is not None:
+            self._record.taken = False
             raise error
 
     async def _take_off(self) -> Event | None:
         # No await in between: the engine owns the leases from the generator's first step on.
-        self.handed_over = True
+        self.handed_over = self._record.taken = True
         return await anext(self._events, None)
 
     async def resolved(self) -> None:
@@ -75,7 +75,7 @@ class Flight:
         if isinstance(event, RequestFailed):
             raise event.error
         self._landed = isinstance(event, SequenceFinished) and event.last
-        self._watch.see(event)
+        self._record.see(event)
         return event
 
     async def close(self) -> None:
@@ -103,6 +103,7 @@ class Admission:
         """`check_open` raises what requests are refused with while the server starts or drains."""
         self._merged = merged
         self._engine = engine
+        self._bounds = sizes.bounds(engine.limits)
         self._check_open = check_open
         self._leases = leases
         self._tokenizing = tokenizing
@@ -112,10 +113,21 @@ class Admission:
     async def admit(self, message: pb.GenerateRequest, seconds_left: float | None) -> AsyncIterator[Flight]:
         """A flight for this message, closed on the way out. `seconds_left` to its deadline, None without.
 
-        Raises Draining, then AdapterNotFound before anything else is done, then InvalidRequest or Overloaded.
+        Raises Draining, then InvalidRequest for what there is too much of, then AdapterNotFound before anything else is
+        done, then InvalidRequest or Overloaded.
         """
-        self._check_open()
-        arrival = time.monotonic()
+        request_id = request_ids.current()
+        asked_for = message.adapter[: request_ids.MAX_CHARACTERS]
+        with RequestRecord(self._metrics, request_id, asked=asked_for, seconds_left=seconds_left) as record:
+            self._check_open()
+            sizes.check(message, self._engine.limits, self._bounds)
+            async with self._leased(message, request_id, record) as flight:
+                yield flight
+
+    @asynccontextmanager
+    async def _leased(
+        self, message: pb.GenerateRequest, request_id: str, record: RequestRecord
+    ) -> AsyncIterator[Flight]:
         ticket = uuid.uuid4().hex  # callers may reuse their ids while a request of theirs is live
         adapters: list[AdapterUse] = []
         flight: Flight | None = None
@@ -124,8 +136,9 @@ class Admission:
             self._merged.check_request(asked)
             handles = self._leases.lease([name for name, _ in asked], ticket) if asked else ()
             adapters += [AdapterUse(handle, weight) for handle, (_, weight) in zip(handles, asked, strict=True)]
-            request = await self._request(message, ticket, tuple(adapters), arrival, seconds_left)
-            flight = Flight(request, message.request_id or ticket, self._engine, self._metrics)
+            record.adapters = tuple(adapters)
+            record.request = await self._request(message, ticket, request_id, record)
+            flight = Flight(record.request, self._engine, record)
             try:
                 yield flight
             finally:
@@ -135,15 +148,23 @@ class Admission:
                 for use in adapters:
                     self._leases.release(use.handle.uid, ticket)
 
+    async def count(self, message: pb.CountTokensRequest) -> list[int]:
+        """The ids of an input that `admit` would take. Raises Draining, InvalidRequest or Overloaded."""
+        self._check_open()
+        sizes.check_input(message, self._bounds)
+        ids = await self._tokenizing.ids(message)
+        check_prompt(ids, self._engine.limits, convert.input_field(message))
+        return ids
+
     async def _request(
         self,
         message: pb.GenerateRequest,
         ticket: str,
-        adapters: tuple[AdapterUse, ...],
-        arrival: float,
-        seconds_left: float | None,
+        request_id: str,
+        record: RequestRecord,
     ) -> Request:
         sampling = convert.sampling(message.sampling)
+        check_sampling(sampling, self._engine.limits)
         ids = tuple(await self._tokenizing.ids(message))
         priority = message.priority
         check_request(
@@ -153,16 +174,17 @@ class Admission:
             request_id=message.request_id,
             cache_salt=message.cache_salt,
             priority=priority,
-            adapters=adapters,
+            adapters=record.adapters,
             prompt_field=convert.input_field(message),
         )
         return Request(
             request_id=ticket,
             prompt_ids=ids,
             sampling=sampling,
-            adapters=adapters,
+            adapters=record.adapters,
             cache_salt=message.cache_salt,
             priority=priority,
-            arrival=arrival,
-            deadline=None if seconds_left is None else arrival + seconds_left,
+            arrival=record.arrival,
+            deadline=record.deadline,
+            caller_id=request_id,
         )

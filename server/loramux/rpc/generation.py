@@ -6,12 +6,11 @@ import asyncio
 
 from loramux import __version__
 from loramux.engine.client import EngineClient
-from loramux.errors import Overloaded
+from loramux.errors import SlowReader
 from loramux.rpc import convert
 from loramux.rpc.boundary import Context
 from loramux.rpc.flight import Admission
 from loramux.rpc.ports import ModelInfo
-from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import generation_pb2 as pb
 from loramux.v1 import generation_pb2_grpc as pb_grpc
 
@@ -23,24 +22,24 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self,
         engine: EngineClient,
         admission: Admission,
-        tokenizing: Tokenizing,
         model: ModelInfo,
         *,
         send_timeout: float,
     ) -> None:
         self._engine = engine
         self._admission = admission
-        self._tokenizing = tokenizing
         self._model = model
         self._send_timeout = send_timeout
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> bytes:
+        """Returns the GenerateResponse serialized; the boundary hands it on as it is."""
         async with self._admission.admit(request, context.time_remaining()) as flight:
             await flight.start()
             answer = convert.Answer(flight.request.sampling.n)
             async for event in flight:
-                answer.add(event)
-            return answer.message(flight.request_id, flight.request.adapters)
+                async for piece in convert.in_pieces(event):
+                    answer.add(piece)
+            return answer.serialized(flight.request_id, flight.request.adapters)
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:
         async with self._admission.admit(request.request, context.time_remaining()) as flight:
@@ -53,7 +52,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             )
             await self._send(context, pb.GenerateStreamResponse(started=started))
             async for event in flight:
-                await self._send(context, convert.stream_event(event))
+                async for piece in convert.in_pieces(event):
+                    await self._send(context, convert.stream_event(piece))
 
     async def _send(self, context: Context, message: pb.GenerateStreamResponse) -> None:
         """Write one message; it waits here while the client's flow-control window is full."""
@@ -61,13 +61,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             async with asyncio.timeout(self._send_timeout):
                 await context.write(message)
         except TimeoutError:
-            raise Overloaded(
-                f"the client did not read for {self._send_timeout:g} s; its request was stopped",
-                reason="SLOW_READER",
-            ) from None
+            raise SlowReader(f"the client did not read for {self._send_timeout:g} s; its request was stopped") from None
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
-        ids = await self._tokenizing.ids(request)
+        ids = await self._admission.count(request)
         return pb.CountTokensResponse(tokens=len(ids), token_ids=ids)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,12 @@ import grpc
 import grpc.aio
 
 from loramux.config import Settings
-from loramux.errors import LoramuxError, StartupError
+from loramux.errors import StartupError
 from loramux.rpc.auth import BearerAuth
-from loramux.rpc.boundary import Boundary, hard_cap
+from loramux.rpc.boundary import Boundary, OnError, OnRefusal, hard_cap
+from loramux.rpc.wire import Bounds
+
+_OTHER_STREAMS = 256  # of one connection: probes, watches, questions
 
 
 def make_server(
@@ -21,12 +23,17 @@ def make_server(
     scope: str,
     key: str | None,
     other_key: str | None,
-    on_error: Callable[[LoramuxError], None],
+    bounds: Bounds,
+    on_error: OnError,
+    on_refusal: OnRefusal,
 ) -> grpc.aio.Server:
-    """A server that asks for `key` (if any) and answers every error from the status table."""
+    """A server that asks for `key` (if any), takes messages within `bounds` and answers every error from the status
+    table."""
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", hard_cap(settings.max_message_bytes)),
         ("grpc.max_send_message_length", -1),
+        # As many as could be queued and running, and then some: beyond, a connection's calls wait in its client.
+        ("grpc.max_concurrent_streams", settings.max_queue + settings.max_batch_rows + _OTHER_STREAMS),
         ("grpc.so_reuseport", 0),  # else a second server takes the same port in silence and half of the calls
         ("grpc.keepalive_time_ms", 60_000),  # finds clients whose machine is gone
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -34,8 +41,8 @@ def make_server(
         ("grpc.keepalive_permit_without_calls", 1),
     ]
     interceptors = (
-        BearerAuth(key, scope=scope, other_key=other_key, on_error=on_error),  # first: strangers cost nothing
-        Boundary(settings.max_message_bytes, on_error),
+        BearerAuth(key, scope=scope, other_key=other_key, on_refusal=on_refusal),  # first: strangers cost nothing
+        Boundary(settings.max_message_bytes, bounds, on_error, on_refusal),
     )
     return grpc.aio.server(interceptors=interceptors, options=options)
 

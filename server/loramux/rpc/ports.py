@@ -5,7 +5,7 @@ The engine's side is `engine.client.EngineClient`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,12 +75,20 @@ class Leases(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The base model's tokenizer. Called from worker threads, several at a time."""
+    """The base model's tokenizer. Called from worker threads, several at a time.
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+    Of a long text `at_least` is told again and again how many tokens it has at least; what it raises ends the work.
+    """
+
+    @property
+    def longest_token(self) -> int:
+        """Most characters of a text that one token stands for."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, text: str, parse_special: bool, at_least: Callable[[int], None]) -> list[int]:
+        """Ids of a text; with `parse_special`, a special token's text in it is that token."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: Callable[[int], None]) -> list[int]:
         """Ids of a conversation in the base's chat template. Raises InvalidRequest without one."""
         ...

@@ -10,9 +10,9 @@ import asyncio
 import enum
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from loramux.config import Settings
 from loramux.engine.client import EngineClient
@@ -21,14 +21,16 @@ from loramux.http.metrics_server import MetricsServer
 from loramux.lora.entry import AdapterEntry
 from loramux.lora.manager import AdapterManager
 from loramux.metrics import Metrics
+from loramux.rpc import sizes
 from loramux.rpc.adapters import AdapterServicer
 from loramux.rpc.flight import Admission
 from loramux.rpc.generation import GenerationServicer
-from loramux.rpc.health import Health
+from loramux.rpc.health import Health, HealthServicer
 from loramux.rpc.listening import bind, make_server
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Merger, ModelInfo, Tokenizer
-from loramux.rpc.telemetry import Telemetry
+from loramux.rpc.reflection import add_reflection
+from loramux.rpc.telemetry import RequestRecord, Telemetry
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loramux.values import StartAdapter
@@ -39,6 +41,7 @@ GENERATION: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"
 ADAPTERS: str = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
+_GENERATING = frozenset(f"/{GENERATION}/{method}" for method in ("Generate", "GenerateStream"))
 _LAST_WORDS_SECONDS = 2.0  # for RPCs to send what they have, once the engine has drained
 _HEALTH_SECONDS = 1.0  # how late a health watcher may hear of an engine fault
 
@@ -84,13 +87,15 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self._metrics_server: MetricsServer | None = None
         self._telemetry = Telemetry(self.metrics, parts.engine, parts.adapters.registry)
-        self._tokenizing = Tokenizing(parts.tokenizer, max_waiting=settings.max_queue)
-        self._health = Health((GENERATION, ADAPTERS), lambda: parts.engine.healthy)
+        self._tokenizing = Tokenizing(parts.tokenizer, parts.engine.limits, max_waiting=settings.max_queue)
+        self._health = Health(lambda: parts.engine.healthy)
         self._unlisten = parts.adapters.registry.listen(self._adapter_changed)
         parts.adapters.registry.tiers.turn = parts.engine.wake
         api_key, admin_key = settings.api_key, settings.admin_key
-        self._public = make_server(settings, scope="public", key=api_key, other_key=admin_key, on_error=self._count)
-        self._admin = make_server(settings, scope="admin", key=admin_key, other_key=api_key, on_error=self._count)
+        bounds = sizes.bounds(parts.engine.limits)
+        make = partial(make_server, settings, bounds=bounds, on_error=self._count, on_refusal=self._refused)
+        self._public = make(scope="public", key=api_key, other_key=admin_key)
+        self._admin = make(scope="admin", key=admin_key, other_key=api_key)
         self._add_services()
 
     def _add_services(self) -> None:
@@ -99,17 +104,15 @@ class Server:
         admission = Admission(
             parts.engine, parts.adapters.registry, self._tokenizing, self.metrics, self._check_open, merged
         )
-        generation = GenerationServicer(
-            parts.engine, admission, self._tokenizing, parts.model, send_timeout=settings.send_timeout
-        )
+        generation = GenerationServicer(parts.engine, admission, parts.model, send_timeout=settings.send_timeout)
         adapters = AdapterServicer(
             parts.adapters, parts.engine, parts.merger, merged, send_timeout=settings.send_timeout
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._public)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._admin)
         for server, service in ((self._public, GENERATION), (self._admin, ADAPTERS)):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            reflection.enable_server_reflection((service, HEALTH, reflection.SERVICE_NAME), server)
+            health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._health, service), server)
+            add_reflection(server, (service, HEALTH))
 
     async def start(self) -> Addresses:
         """Listen, load the adapters named in the settings, then welcome requests.
@@ -203,6 +206,11 @@ class Server:
 
     def _count(self, error: LoramuxError) -> None:
         self.metrics.failed(error.reason)
+
+    def _refused(self, method: str, request_id: str, error: LoramuxError) -> None:
+        self._count(error)
+        if method in _GENERATING:  # it never came to its admission, which counts the others
+            RequestRecord(self.metrics, request_id).end(error)
 
     def _adapter_changed(self, _entry: AdapterEntry) -> None:
         self._parts.engine.wake()  # requests may wait for this load

@@ -5,7 +5,7 @@
     InvalidAdapter       INVALID_ARGUMENT      PreconditionFailure
     AdapterUnavailable   FAILED_PRECONDITION   PreconditionFailure
     AdapterNotFound      NOT_FOUND             ResourceInfo
-    Overloaded           RESOURCE_EXHAUSTED    RetryInfo
+    Overloaded           RESOURCE_EXHAUSTED    RetryInfo, if it has a `retry_after`
     Draining             UNAVAILABLE           RetryInfo
     other LoramuxError   its `status`          –
     any other exception  INTERNAL              – (the text tells nothing of the internals)
@@ -34,13 +34,16 @@ OPAQUE = "the server failed on this request; its log has the details"
 _MAX_MESSAGE = 800
 _MAX_VALUE = 120
 _MAX_METADATA = 6
+_MAX_REQUEST_ID = 512  # 128 characters, whatever they are: whoever searches for an id needs all of it
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.AdapterUnavailable,
+    grpc.StatusCode.NOT_FOUND: errors.UnknownService,
     grpc.StatusCode.ALREADY_EXISTS: errors.AdapterExists,
     grpc.StatusCode.PERMISSION_DENIED: errors.PathNotAllowed,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.ABORTED: errors.SlowReader,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.UNAVAILABLE: errors.Unreachable,
@@ -48,8 +51,8 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
 }
 
 
-def from_error(error: BaseException) -> status_pb2.Status:
-    """The google.rpc.Status of an error.
+def from_error(error: BaseException, request_id: str = "") -> status_pb2.Status:
+    """The google.rpc.Status of an error. `request_id`, if there is one, becomes metadata of its ErrorInfo.
 
     Startup errors and foreign exceptions become INTERNAL without their text; callers log them.
     """
@@ -62,6 +65,8 @@ def from_error(error: BaseException) -> status_pb2.Status:
         domain=DOMAIN,
         metadata={_clip(key, _MAX_VALUE): _clip(value, _MAX_VALUE) for key, value in metadata},
     )
+    if request_id:
+        info.metadata["request_id"] = _clip(request_id, _MAX_REQUEST_ID)
     for detail in (info, *_details(error)):
         status.details.add().Pack(detail)
     return status
@@ -86,7 +91,10 @@ def _details(error: errors.LoramuxError) -> tuple[Message, ...]:
         case errors.AdapterNotFound():
             name = _clip(error.name, _MAX_VALUE)
             return (details_pb2.ResourceInfo(resource_type="loramux.v1.Adapter", resource_name=name),)
+        case errors.Overloaded(retry_after=None):
+            return ()
         case errors.Overloaded() | errors.Draining():
+            assert error.retry_after is not None
             seconds = error.retry_after if math.isfinite(error.retry_after) else 1.0
             retry = details_pb2.RetryInfo()
             retry.retry_delay.FromNanoseconds(max(0, int(seconds * 1e9)))
@@ -131,11 +139,14 @@ def to_error(code: grpc.StatusCode, message: str, details: bytes | None) -> erro
             violation = found["BadRequest"].field_violations[0]
             return errors.InvalidRequest(violation.field, violation.description, reason=reason, metadata=metadata)
         case grpc.StatusCode.NOT_FOUND if "ResourceInfo" in found:
-            return errors.AdapterNotFound(found["ResourceInfo"].resource_name)
+            not_found = errors.AdapterNotFound(found["ResourceInfo"].resource_name, message=message)
+            not_found.metadata |= metadata
+            return not_found
         case grpc.StatusCode.RESOURCE_EXHAUSTED if info is None and "larger than max" in message:
             return errors.InvalidRequest("request", message, reason="MESSAGE_TOO_LARGE")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return errors.Overloaded(message, retry_after=_retry_after(found), reason=reason, metadata=metadata)
+            retry_after = None if info is not None and "RetryInfo" not in found else _retry_after(found)
+            return errors.Overloaded(message, retry_after=retry_after, reason=reason, metadata=metadata)
         case grpc.StatusCode.UNAVAILABLE if info is not None:
             return errors.Draining(message, retry_after=_retry_after(found), metadata=metadata)
         case grpc.StatusCode.ALREADY_EXISTS if reason == errors.FolderExists.reason:

@@ -1,4 +1,4 @@
-"""Connects the metrics with the engine, the adapter registry and the requests that pass.
+"""Connects the metrics and the log with the engine, the adapter registry and the requests that pass.
 
 The registry belongs to the event loop's thread and scrapes come on another: `Telemetry.snapshot` therefore takes
 its figures on the loop and waits for them, at most `patience` seconds; a loop that is that busy gives the last ones.
@@ -8,51 +8,126 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 
 from loramux.engine.client import EngineClient
-from loramux.engine.request import Delta, Request, SequenceFinished
+from loramux.engine.request import AdapterUse, Delta, Request, SequenceFinished
+from loramux.errors import Cancelled, DeadlineExceeded, EngineFault, LoramuxError, StartupError
+from loramux.logs import fields
 from loramux.lora.entry import AdapterEntry, State
 from loramux.lora.registry import AdapterRegistry
 from loramux.metrics import Metrics, Snapshot
 
+log = logging.getLogger(__name__)
 
-class RequestWatch:
-    """Sees the events of one request go by and reports what they say of its speed."""
+_OK = "OK"
+# A caller whose deadline passes hangs up by its own clock, which began to run a moment before ours: so near to the
+# deadline (seconds, and at most a quarter of the time given) a hang-up is the deadline.
+_HANGS_UP = 0.25
 
-    def __init__(self, metrics: Metrics, request: Request) -> None:
+
+class RequestRecord:
+    """One request to generate, from its first moment to its one outcome: its counts, and its line in the log.
+
+    A context manager around all that is done for the request, so that whatever ends it is counted, and once. What
+    the request turns out to be is set on the way: `request` when it is checked, `taken` when the engine has it.
+    """
+
+    def __init__(
+        self, metrics: Metrics, request_id: str, *, asked: str = "", seconds_left: float | None = None
+    ) -> None:
+        """`asked`: the adapter's name as the caller wrote it; `seconds_left` to the caller's deadline, None without."""
+        self.arrival = time.monotonic()
+        self.deadline = None if seconds_left is None else self.arrival + seconds_left
+        self.adapters: tuple[AdapterUse, ...] = ()
+        self.request: Request | None = None
+        self.taken = False
         self._metrics = metrics
-        self._request = request
-        self._first = 0.0
+        self._request_id = request_id
+        self._asked = asked
+        self._output_tokens = 0
+        self._first: float | None = None
         self._latest: dict[int, float] = {}
+        self._last: SequenceFinished | None = None
 
     def see(self, event: Delta | SequenceFinished) -> None:
-        """Called with every event, when it is delivered."""
+        """Called with every event, when it is handed to the reader."""
+        if isinstance(event, SequenceFinished):
+            self._last = event if event.last else None
+        elif event.token_ids:
+            self._see_tokens(event.index, len(event.token_ids), time.monotonic())
+
+    def _see_tokens(self, index: int, count: int, now: float) -> None:
+        if self._first is None:
+            self._first = now
+            prompt = len(self.request.prompt_ids) if self.request is not None else 0
+            self._metrics.prompt_computed(prompt, now - self.arrival)
+        if index in self._latest:
+            self._metrics.token_gap((now - self._latest[index]) / count)
+        self._latest[index] = now
+        self._output_tokens += count
+        self._metrics.delivered(count, self._names())
+
+    def __enter__(self) -> RequestRecord:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        """The outcome: what the caller got in place of its whole answer, or None."""
         now = time.monotonic()
-        if isinstance(event, Delta):
-            if not event.token_ids:
-                return
-            before = self._latest.get(event.index)
-            if before is None:
-                self._first = self._first or now
-            else:
-                self._metrics.token_gap((now - before) / len(event.token_ids))
-            self._latest[event.index] = now
-        elif event.last:
-            arrival = self._request.arrival
-            self._metrics.finished(
-                adapters=tuple(use.handle.name for use in self._request.adapters),
-                reason=event.reason.value,
-                prompt_tokens=event.usage.prompt_tokens,
-                generated_tokens=event.usage.completion_tokens,
-                first_token_seconds=(self._first or now) - arrival,
-                total_seconds=now - arrival,
-                queue_seconds=event.timings.queue,
-                adapter_seconds=event.timings.adapter_load,
+        status, reason = self._outcome(error, now)
+        self._metrics.ended(status, reason, self._names())
+        if self.taken:
+            broken = "error" if status == EngineFault.status else "abort"
+            self._metrics.left_the_engine(reason if status == _OK else broken)
+        if status == _OK and self._last is not None:
+            timings = self._last.timings
+            self._metrics.answered(
+                total_seconds=now - self.arrival,
+                queue_seconds=timings.queue,
+                adapter_seconds=timings.adapter_load if self.adapters else None,
             )
+        if log.isEnabledFor(logging.INFO):
+            log.info("request", extra=fields(**self._fields(status, reason, now)))
+
+    def _outcome(self, error: BaseException | None, now: float) -> tuple[str, str]:
+        """The gRPC status, and the reason in a word."""
+        if error is None and self._last is not None:
+            return _OK, self._last.reason.value
+        if isinstance(error, LoramuxError) and not isinstance(error, StartupError):
+            return error.status, error.reason
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            return EngineFault.status, EngineFault.reason
+        if self.deadline is not None and now >= self.deadline - min(_HANGS_UP, (self.deadline - self.arrival) / 4):
+            return DeadlineExceeded.status, DeadlineExceeded.reason
+        return Cancelled.status, Cancelled.reason
+
+    def _fields(self, status: str, reason: str, now: float) -> dict[str, object]:
+        found: dict[str, object] = {"id": self._request_id, "status": status, "reason": reason}
+        if self.adapters:
+            found["adapters"] = self._names()
+            found["uids"] = tuple(use.handle.uid for use in self.adapters)
+        elif self._asked:
+            found["asked"] = self._asked
+        if self.request is not None:
+            found["prompt_tokens"] = len(self.request.prompt_ids)
+        if self._last is not None:
+            found["cached_tokens"] = self._last.usage.cached_prompt_tokens
+        found["output_tokens"] = self._output_tokens
+        if self._last is not None:
+            found |= {f"{name}_seconds": seconds for name, seconds in asdict(self._last.timings).items()}
+        if self._first is not None:
+            found["first_token_seconds"] = self._first - self.arrival
+        return found | {"total_seconds": now - self.arrival}
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(use.handle.name for use in self.adapters)
 
 
 class Telemetry:
@@ -70,6 +145,7 @@ class Telemetry:
         self._stop_listening = adapters.listen(self._adapter_changed)
         adapters.loaded = lambda entry: metrics.adapter_loaded(entry.load_seconds)
         metrics.set_source(self.snapshot)
+        metrics.set_known(lambda name: adapters.find(name) is not None)
 
     def close(self) -> None:
         """The figures stay as they are."""

@@ -27,51 +27,51 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from loramux.v1 import generation_pb2 as loramux_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19loramux/v1/adapters.proto\x12\nloramux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bloramux/v1/generation.proto\"\xc8\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.loramux.v1.AdapterState\x12(\n\tresidency\x18\x06 \x01(\x0e\x32\x15.loramux.v1.Residency\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x10\n\x08max_rank\x18\t \x01(\r\x12\x16\n\x0etarget_modules\x18\n \x03(\t\x12\r\n\x05sites\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12-\n\tloaded_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_used_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tload_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x10 \x01(\t\x12\x12\n\nsize_bytes\x18\x11 \x01(\x04\x12\x0e\n\x06merged\x18\x14 \x01(\x08\"g\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x12\x0b\n\x03pin\x18\x04 \x01(\x08\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"S\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"t\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14\x63\x61ncel_after_timeout\x18\x03 \x01(\x08\"H\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x02 \x01(\r\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xb8\x01\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.loramux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x04 \x01(\x04\x12\x12\n\nhost_bytes\x18\x05 \x01(\x04\x12\x19\n\x11host_budget_bytes\x18\x06 \x01(\x04\"D\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_pinned\"=\n\x15UpdateAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\"\x16\n\x14WatchAdaptersRequest\"=\n\x15WatchAdaptersResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\"\x82\x01\n\x13MergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.loramux.v1.MergeDtype\x12&\n\x03mix\x18\x04 \x03(\x0b\x32\x19.loramux.v1.AdapterWeight\"|\n\x14MergeAdapterResponse\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x17.loramux.v1.MergeReport\"m\n\x0bMergeReport\x12\x15\n\roverall_error\x18\x01 \x01(\x01\x12\x13\n\x0bworst_error\x18\x02 \x01(\x01\x12\x13\n\x0bworst_layer\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04*\xd1\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x05\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x06*d\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIDENCY_DISK\x10\x01\x12\x12\n\x0eRESIDENCY_HOST\x10\x02\x12\x14\n\x10RESIDENCY_DEVICE\x10\x03*k\n\nMergeDtype\x12\x1b\n\x17MERGE_DTYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10MERGE_DTYPE_BF16\x10\x01\x12\x14\n\x10MERGE_DTYPE_FP16\x10\x02\x12\x14\n\x10MERGE_DTYPE_FP32\x10\x03\x32\xd9\x04\n\x0e\x41\x64\x61pterService\x12N\n\x0bLoadAdapter\x12\x1e.loramux.v1.LoadAdapterRequest\x1a\x1f.loramux.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .loramux.v1.UnloadAdapterRequest\x1a!.loramux.v1.UnloadAdapterResponse\x12K\n\nGetAdapter\x12\x1d.loramux.v1.GetAdapterRequest\x1a\x1e.loramux.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.loramux.v1.ListAdaptersRequest\x1a .loramux.v1.ListAdaptersResponse\x12T\n\rUpdateAdapter\x12 .loramux.v1.UpdateAdapterRequest\x1a!.loramux.v1.UpdateAdapterResponse\x12V\n\rWatchAdapters\x12 .loramux.v1.WatchAdaptersRequest\x1a!.loramux.v1.WatchAdaptersResponse0\x01\x12S\n\x0cMergeAdapter\x12\x1f.loramux.v1.MergeAdapterRequest\x1a .loramux.v1.MergeAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19loramux/v1/adapters.proto\x12\nloramux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bloramux/v1/generation.proto\"\xda\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.loramux.v1.AdapterState\x12(\n\tresidency\x18\x06 \x01(\x0e\x32\x15.loramux.v1.Residency\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x10\n\x08max_rank\x18\t \x01(\r\x12\x16\n\x0etarget_modules\x18\n \x03(\t\x12\r\n\x05sites\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12-\n\tloaded_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_used_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tload_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x10 \x01(\t\x12\x12\n\nsize_bytes\x18\x11 \x01(\x04\x12\x0e\n\x06merged\x18\x14 \x01(\x08\x12\x10\n\x08warnings\x18\x15 \x03(\t\"g\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x12\x0b\n\x03pin\x18\x04 \x01(\x08\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"S\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"t\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14\x63\x61ncel_after_timeout\x18\x03 \x01(\x08\"H\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x02 \x01(\r\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xb8\x01\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.loramux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x04 \x01(\x04\x12\x12\n\nhost_bytes\x18\x05 \x01(\x04\x12\x19\n\x11host_budget_bytes\x18\x06 \x01(\x04\"D\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_pinned\"=\n\x15UpdateAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\"\x16\n\x14WatchAdaptersRequest\"=\n\x15WatchAdaptersResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\"\x82\x01\n\x13MergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.loramux.v1.MergeDtype\x12&\n\x03mix\x18\x04 \x03(\x0b\x32\x19.loramux.v1.AdapterWeight\"|\n\x14MergeAdapterResponse\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x17.loramux.v1.MergeReport\"m\n\x0bMergeReport\x12\x15\n\roverall_error\x18\x01 \x01(\x01\x12\x13\n\x0bworst_error\x18\x02 \x01(\x01\x12\x13\n\x0bworst_layer\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04*\xd1\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x05\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x06*d\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIDENCY_DISK\x10\x01\x12\x12\n\x0eRESIDENCY_HOST\x10\x02\x12\x14\n\x10RESIDENCY_DEVICE\x10\x03*k\n\nMergeDtype\x12\x1b\n\x17MERGE_DTYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10MERGE_DTYPE_BF16\x10\x01\x12\x14\n\x10MERGE_DTYPE_FP16\x10\x02\x12\x14\n\x10MERGE_DTYPE_FP32\x10\x03\x32\xd9\x04\n\x0e\x41\x64\x61pterService\x12N\n\x0bLoadAdapter\x12\x1e.loramux.v1.LoadAdapterRequest\x1a\x1f.loramux.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .loramux.v1.UnloadAdapterRequest\x1a!.loramux.v1.UnloadAdapterResponse\x12K\n\nGetAdapter\x12\x1d.loramux.v1.GetAdapterRequest\x1a\x1e.loramux.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.loramux.v1.ListAdaptersRequest\x1a .loramux.v1.ListAdaptersResponse\x12T\n\rUpdateAdapter\x12 .loramux.v1.UpdateAdapterRequest\x1a!.loramux.v1.UpdateAdapterResponse\x12V\n\rWatchAdapters\x12 .loramux.v1.WatchAdaptersRequest\x1a!.loramux.v1.WatchAdaptersResponse0\x01\x12S\n\x0cMergeAdapter\x12\x1f.loramux.v1.MergeAdapterRequest\x1a .loramux.v1.MergeAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loramux.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=1911
-  _globals['_ADAPTERSTATE']._serialized_end=2120
-  _globals['_RESIDENCY']._serialized_start=2122
-  _globals['_RESIDENCY']._serialized_end=2222
-  _globals['_MERGEDTYPE']._serialized_start=2224
-  _globals['_MERGEDTYPE']._serialized_end=2331
+  _globals['_ADAPTERSTATE']._serialized_start=1929
+  _globals['_ADAPTERSTATE']._serialized_end=2138
+  _globals['_RESIDENCY']._serialized_start=2140
+  _globals['_RESIDENCY']._serialized_end=2240
+  _globals['_MERGEDTYPE']._serialized_start=2242
+  _globals['_MERGEDTYPE']._serialized_end=2349
   _globals['_ADAPTER']._serialized_start=136
-  _globals['_ADAPTER']._serialized_end=592
-  _globals['_LOADADAPTERREQUEST']._serialized_start=594
-  _globals['_LOADADAPTERREQUEST']._serialized_end=697
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=699
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=782
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=784
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=900
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=902
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=974
-  _globals['_GETADAPTERREQUEST']._serialized_start=976
-  _globals['_GETADAPTERREQUEST']._serialized_end=1009
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1011
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1069
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1071
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1131
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1134
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1318
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1320
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1388
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1390
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1451
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1453
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1475
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1477
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1538
-  _globals['_MERGEADAPTERREQUEST']._serialized_start=1541
-  _globals['_MERGEADAPTERREQUEST']._serialized_end=1671
-  _globals['_MERGEADAPTERRESPONSE']._serialized_start=1673
-  _globals['_MERGEADAPTERRESPONSE']._serialized_end=1797
-  _globals['_MERGEREPORT']._serialized_start=1799
-  _globals['_MERGEREPORT']._serialized_end=1908
-  _globals['_ADAPTERSERVICE']._serialized_start=2334
-  _globals['_ADAPTERSERVICE']._serialized_end=2935
+  _globals['_ADAPTER']._serialized_end=610
+  _globals['_LOADADAPTERREQUEST']._serialized_start=612
+  _globals['_LOADADAPTERREQUEST']._serialized_end=715
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=717
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=800
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=802
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=918
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=920
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=992
+  _globals['_GETADAPTERREQUEST']._serialized_start=994
+  _globals['_GETADAPTERREQUEST']._serialized_end=1027
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1029
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1087
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1089
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1149
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1152
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1336
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1338
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1406
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1408
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1469
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1471
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1493
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1495
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1556
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=1559
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=1689
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=1691
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=1815
+  _globals['_MERGEREPORT']._serialized_start=1817
+  _globals['_MERGEREPORT']._serialized_end=1926
+  _globals['_ADAPTERSERVICE']._serialized_start=2352
+  _globals['_ADAPTERSERVICE']._serialized_end=2953
 # @@protoc_insertion_point(module_scope)

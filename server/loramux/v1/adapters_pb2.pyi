@@ -52,7 +52,7 @@ MERGE_DTYPE_FP16: MergeDtype
 MERGE_DTYPE_FP32: MergeDtype
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "digest", "source", "state", "residency", "pinned", "device_bytes", "max_rank", "target_modules", "sites", "leases", "loaded_at", "last_used_at", "load_time", "error", "size_bytes", "merged")
+    __slots__ = ("name", "uid", "digest", "source", "state", "residency", "pinned", "device_bytes", "max_rank", "target_modules", "sites", "leases", "loaded_at", "last_used_at", "load_time", "error", "size_bytes", "merged", "warnings")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Adapter(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     digest: str
@@ -89,7 +90,8 @@ class Adapter(_message.Message):
     error: str
     size_bytes: int
     merged: bool
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., leases: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., size_bytes: _Optional[int] = ..., merged: _Optional[bool] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., leases: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., size_bytes: _Optional[int] = ..., merged: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "replace", "pin", "validate_only")

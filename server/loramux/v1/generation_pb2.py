@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloramux/v1/generation.proto\x12\nloramux.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.loramux.v1.ChatMessage\"0\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\xd7\x05\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0c \x03(\x0b\x32).loramux.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x11 \x01(\rH\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x0f\n\r_top_logprobs\"\xac\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.loramux.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.loramux.v1.ChatH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12&\n\x03mix\x18\x06 \x03(\x0b\x32\x19.loramux.v1.AdapterWeight\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.loramux.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x15\n\x08priority\x18\t \x01(\x05H\x01\x88\x01\x01\x42\x07\n\x05inputB\x0b\n\t_priority\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\"L\n\x0fResolvedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"O\n\x07Timings\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x14\n\x0c\x61\x64\x61pter_load\x18\x02 \x01(\x01\x12\x0f\n\x07prefill\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x01\"\xa7\x01\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.loramux.v1.FinishReason\x12\x0c\n\x04stop\x18\x06 \x01(\t\"\xca\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1b.loramux.v1.ResolvedAdapter\x12+\n\x0b\x63ompletions\x18\x03 \x03(\x0b\x32\x16.loramux.v1.Completion\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.loramux.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.loramux.v1.Timings\"E\n\x15GenerateStreamRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.loramux.v1.GenerateRequest\"i\n\rStreamStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12-\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1b.loramux.v1.ResolvedAdapter\"i\n\x0bStreamDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\"\xa6\x01\n\x0eStreamFinished\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.loramux.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.loramux.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.loramux.v1.Timings\"\xa9\x01\n\x16GenerateStreamResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.loramux.v1.StreamStartedH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.loramux.v1.StreamDeltaH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.loramux.v1.StreamFinishedH\x00\x42\x07\n\x05\x65vent\"|\n\x12\x43ountTokensRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.loramux.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.loramux.v1.ChatH\x00\x42\x07\n\x05input\"8\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x11\n\x0fGetModelRequest\"\xd3\x02\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x17\n\x0f\x62its_per_weight\x18\x04 \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\t \x01(\x04\x12\r\n\x05max_n\x18\n \x01(\r\x12\x18\n\x10max_stop_strings\x18\x0b \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x0c \x01(\r\x12\x0f\n\x07version\x18\r \x01(\t\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12\x16\n\x0emerged_adapter\x18\x0f \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xcc\x02\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.loramux.v1.GenerateRequest\x1a\x1c.loramux.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.loramux.v1.GenerateStreamRequest\x1a\".loramux.v1.GenerateStreamResponse0\x01\x12N\n\x0b\x43ountTokens\x12\x1e.loramux.v1.CountTokensRequest\x1a\x1f.loramux.v1.CountTokensResponse\x12\x45\n\x08GetModel\x12\x1b.loramux.v1.GetModelRequest\x1a\x1c.loramux.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloramux/v1/generation.proto\x12\nloramux.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.loramux.v1.ChatMessage\"0\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\xd7\x05\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0c \x03(\x0b\x32).loramux.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x11 \x01(\rH\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x0f\n\r_top_logprobs\"\xda\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.loramux.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.loramux.v1.ChatH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12&\n\x03mix\x18\x06 \x03(\x0b\x32\x19.loramux.v1.AdapterWeight\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.loramux.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x15\n\x08priority\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\n \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x0b\n\t_priorityB\x10\n\x0e_parse_special\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\"L\n\x0fResolvedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"O\n\x07Timings\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x14\n\x0c\x61\x64\x61pter_load\x18\x02 \x01(\x01\x12\x0f\n\x07prefill\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x01\"\xa7\x01\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.loramux.v1.FinishReason\x12\x0c\n\x04stop\x18\x06 \x01(\t\"\xca\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1b.loramux.v1.ResolvedAdapter\x12+\n\x0b\x63ompletions\x18\x03 \x03(\x0b\x32\x16.loramux.v1.Completion\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.loramux.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.loramux.v1.Timings\"E\n\x15GenerateStreamRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.loramux.v1.GenerateRequest\"i\n\rStreamStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12-\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1b.loramux.v1.ResolvedAdapter\"i\n\x0bStreamDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\"\xa6\x01\n\x0eStreamFinished\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.loramux.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.loramux.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.loramux.v1.Timings\"\xa9\x01\n\x16GenerateStreamResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.loramux.v1.StreamStartedH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.loramux.v1.StreamDeltaH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.loramux.v1.StreamFinishedH\x00\x42\x07\n\x05\x65vent\"\xaa\x01\n\x12\x43ountTokensRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.loramux.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.loramux.v1.ChatH\x00\x12\x1a\n\rparse_special\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x10\n\x0e_parse_special\"8\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x11\n\x0fGetModelRequest\"\xd3\x02\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x17\n\x0f\x62its_per_weight\x18\x04 \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\t \x01(\x04\x12\r\n\x05max_n\x18\n \x01(\r\x12\x18\n\x10max_stop_strings\x18\x0b \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x0c \x01(\r\x12\x0f\n\x07version\x18\r \x01(\t\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12\x16\n\x0emerged_adapter\x18\x0f \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xcc\x02\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.loramux.v1.GenerateRequest\x1a\x1c.loramux.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.loramux.v1.GenerateStreamRequest\x1a\".loramux.v1.GenerateStreamResponse0\x01\x12N\n\x0b\x43ountTokens\x12\x1e.loramux.v1.CountTokensRequest\x1a\x1f.loramux.v1.CountTokensResponse\x12\x45\n\x08GetModel\x12\x1b.loramux.v1.GetModelRequest\x1a\x1c.loramux.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3146
-  _globals['_FINISHREASON']._serialized_end=3241
+  _globals['_FINISHREASON']._serialized_start=3239
+  _globals['_FINISHREASON']._serialized_end=3334
   _globals['_TOKENIDS']._serialized_start=43
   _globals['_TOKENIDS']._serialized_end=66
   _globals['_CHATMESSAGE']._serialized_start=68
@@ -48,37 +48,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=685
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=733
   _globals['_GENERATEREQUEST']._serialized_start=946
-  _globals['_GENERATEREQUEST']._serialized_end=1246
-  _globals['_TOKENLOGPROB']._serialized_start=1248
-  _globals['_TOKENLOGPROB']._serialized_end=1350
-  _globals['_RESOLVEDADAPTER']._serialized_start=1352
-  _globals['_RESOLVEDADAPTER']._serialized_end=1428
-  _globals['_USAGE']._serialized_start=1430
-  _globals['_USAGE']._serialized_end=1517
-  _globals['_TIMINGS']._serialized_start=1519
-  _globals['_TIMINGS']._serialized_end=1598
-  _globals['_COMPLETION']._serialized_start=1601
-  _globals['_COMPLETION']._serialized_end=1768
-  _globals['_GENERATERESPONSE']._serialized_start=1771
-  _globals['_GENERATERESPONSE']._serialized_end=1973
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1975
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=2044
-  _globals['_STREAMSTARTED']._serialized_start=2046
-  _globals['_STREAMSTARTED']._serialized_end=2151
-  _globals['_STREAMDELTA']._serialized_start=2153
-  _globals['_STREAMDELTA']._serialized_end=2258
-  _globals['_STREAMFINISHED']._serialized_start=2261
-  _globals['_STREAMFINISHED']._serialized_end=2427
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2430
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2599
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2601
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2725
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2727
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2783
-  _globals['_GETMODELREQUEST']._serialized_start=2785
-  _globals['_GETMODELREQUEST']._serialized_end=2802
-  _globals['_GETMODELRESPONSE']._serialized_start=2805
-  _globals['_GETMODELRESPONSE']._serialized_end=3144
-  _globals['_GENERATIONSERVICE']._serialized_start=3244
-  _globals['_GENERATIONSERVICE']._serialized_end=3576
+  _globals['_GENERATEREQUEST']._serialized_end=1292
+  _globals['_TOKENLOGPROB']._serialized_start=1294
+  _globals['_TOKENLOGPROB']._serialized_end=1396
+  _globals['_RESOLVEDADAPTER']._serialized_start=1398
+  _globals['_RESOLVEDADAPTER']._serialized_end=1474
+  _globals['_USAGE']._serialized_start=1476
+  _globals['_USAGE']._serialized_end=1563
+  _globals['_TIMINGS']._serialized_start=1565
+  _globals['_TIMINGS']._serialized_end=1644
+  _globals['_COMPLETION']._serialized_start=1647
+  _globals['_COMPLETION']._serialized_end=1814
+  _globals['_GENERATERESPONSE']._serialized_start=1817
+  _globals['_GENERATERESPONSE']._serialized_end=2019
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=2021
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=2090
+  _globals['_STREAMSTARTED']._serialized_start=2092
+  _globals['_STREAMSTARTED']._serialized_end=2197
+  _globals['_STREAMDELTA']._serialized_start=2199
+  _globals['_STREAMDELTA']._serialized_end=2304
+  _globals['_STREAMFINISHED']._serialized_start=2307
+  _globals['_STREAMFINISHED']._serialized_end=2473
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2476
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2645
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2648
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2818
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2820
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2876
+  _globals['_GETMODELREQUEST']._serialized_start=2878
+  _globals['_GETMODELREQUEST']._serialized_end=2895
+  _globals['_GETMODELRESPONSE']._serialized_start=2898
+  _globals['_GETMODELRESPONSE']._serialized_end=3237
+  _globals['_GENERATIONSERVICE']._serialized_start=3337
+  _globals['_GENERATIONSERVICE']._serialized_end=3669
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,119 @@
+"""Tells control tokens that a text spells out from those that stand in it: what a user writes is never one.
+
+A control token is an added token that the tokenizer marks as special, or that the chat template writes itself. Found by
+the tokenizer's own search (Aho-Corasick, in Rust and without the interpreter's lock), never by regular expressions.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tokenizers
+
+_PRIVATE = range(0xF0000, 0xFFFFE)  # supplementary private use: characters without case, class or meaning
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, and a copy of it that knows them by other, unguessable names.
+
+    Whatever text the copy encodes, a control token comes out only where its `mark` stands. Thread-safe.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, template: str, more: Iterable[str] = ()) -> None:
+        """`more`: texts of tokens that are special although the tokenizer does not say so."""
+        added = list(backend.get_added_tokens_decoder().values())
+        special = {token.content for token in added if token.special} | set(more)
+        self.special = frozenset(special)
+        self._texts = [
+            t.content for t in added if t.content in special or (t.content.strip() and t.content in template)
+        ]
+        secret = secrets.token_hex(8)
+        self._marks = {text: f"\U0010fffd{secret}.{i}\U0010fffd" for i, text in enumerate(self._texts)}
+        self._prefixes = frozenset(text[:end] for text in self._texts for end in range(1, len(text)))
+        self._longest = max(map(len, self._texts), default=0)
+        self._finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        self._finder.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in self._texts])
+        renormalized = any(token.normalized for token in added if token.content in self._marks)
+        self._normalizer = backend.normalizer if renormalized else None
+        self.marked = _renamed(backend, self._marks)
+
+    def in_contents(self, contents: Sequence[str]) -> bool:
+        """Whether one of them holds a control token's text, or ends with the beginning of one."""
+        texts = list(contents)
+        if self._normalizer is not None:
+            texts += [self._normalizer.normalize_str(text) for text in contents]
+        return any(self._places(texts)) or any(self._unfinished(text) for text in contents)
+
+    def found(self, contents: Sequence[str]) -> set[str]:
+        """The control tokens whose texts are in the contents."""
+        return {text[a:b] for text, places in zip(contents, self._places(contents), strict=True) for a, b in places}
+
+    def mark(self, text: str) -> str:
+        """Every control token's text in `text` becomes what `marked` takes for that token."""
+        ((*places,),) = self._places([text])
+        parts, done = [], 0
+        for start, end in places:
+            parts += [text[done:start], self._marks[text[start:end]]]
+            done = end
+        return "".join([*parts, text[done:]])
+
+    def disguise(self, contents: Sequence[str], masks: dict[str, str], but: frozenset[str] = frozenset()) -> list[str]:
+        """The contents with a mask for the first character of each control token's text, one that only begins at the
+        end included: lengths stay, and nothing spells a control token out. Those of the tokens `but` stay as they are.
+        """
+        masked = []
+        for text, places in zip(contents, self._places(contents), strict=True):
+            starts = [start for start, end in places if text[start:end] not in but]
+            starts += self._unfinished(text)
+            parts, done = [], 0
+            for start in starts:
+                parts += [text[done:start], masks[text[start]]]
+                done = start + 1
+            masked.append("".join([*parts, text[done:]]))
+        return masked
+
+    def masks(self, *texts: str) -> dict[str, str]:
+        """For the first character of each control token a character that is in none of the texts."""
+        used = set().union(*texts)
+        free = (chr(point) for point in _PRIVATE if chr(point) not in used)
+        return {first: next(free) for first in sorted({text[0] for text in self._texts})}
+
+    def _places(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """(start, end) of each control token's text in each of the texts, in characters."""
+        found = self._finder.encode_batch(list(texts), add_special_tokens=False)
+        return [[place for i, place in zip(e.ids, e.offsets, strict=True) if i > 0] for e in found]
+
+    def _unfinished(self, text: str) -> list[int]:
+        """Where a control token's text begins that the content's end, white space aside, cuts off."""
+        end = len(text.rstrip())
+        tail = text[max(0, end - self._longest) : end]
+        lengths = [n for n in range(len(tail), 0, -1) if tail[-n:] in self._prefixes]
+        return [end - lengths[0]] if lengths else []
+
+
+def _renamed(backend: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
+    """A copy in which the tokens of these texts have other texts, and the same ids."""
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    spec["truncation"] = spec["padding"] = None
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
+    model = spec["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
+    else:  # Unigram: pieces with scores; the number is the place
+        model["vocab"] = [[names.get(text, text), *rest] for text, *rest in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:  # none may lead to a control token, nor on from one
+        model["merges"] = [merge for merge in model["merges"] if not _concerns(merge, names)]
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def _concerns(merge: str | list[str], names: dict[str, str]) -> bool:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left in names or right in names or left + right in names
