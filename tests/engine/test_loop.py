@@ -238,7 +238,8 @@ async def test_a_defect_in_the_checks_keeps_no_lease(monkeypatch: pytest.MonkeyP
             bad = request([1])
             with pytest.raises(ZeroDivisionError):
                 await server.answer(bad)
-        assert await server.answer(good := request([2])) == expected([2])
+        good = request([2])
+        assert await server.answer(good) == expected([2])
         await server.assert_baseline(bad, good)
 
 
