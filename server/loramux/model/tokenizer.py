@@ -13,7 +13,7 @@ import tokenizers
 from jinja2.exceptions import TemplateError
 
 from loramux.errors import InvalidRequest
-from loramux.model.control_tokens import ControlTokens
+from loramux.model.control_tokens import ControlTokens, encode
 
 AtLeast = Callable[[int], None]  # told how many tokens a text has at least, as that becomes known; raises to stop
 
@@ -30,11 +30,7 @@ def _go_on(tokens: int) -> None:
 
 
 class Tokenizer:
-    """Wraps a transformers fast tokenizer. Thread-safe for encoding; holds no per-request state.
-
-    The Rust tokenizer is called directly, and by `encode_batch_fast`: `encode` holds the interpreter's lock as long as
-    it works.
-    """
+    """Wraps a transformers fast tokenizer. Thread-safe for encoding; holds no per-request state."""
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self._hf = hf_tokenizer
@@ -74,7 +70,7 @@ class Tokenizer:
         With `parse_special`, the text of a special token is that token; without, it is text like any other. A long
         text is counted in pieces first, `at_least` being asked after each.
         """
-        return self._ids(self.backend if parse_special else self._control.marked, text, True, at_least)
+        return self._ids(self._parsed if parse_special else self._control.encode, text, True, at_least)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on) -> list[int]:
         """Ids of a conversation in the base's chat template (rendered by transformers in Jinja's sandbox), ending
@@ -84,8 +80,8 @@ class Tokenizer:
             raise InvalidRequest("chat", "this base model has no chat template; send `prompt` instead")
         contents = [turn["content"] for turn in messages]
         if not self._control.in_contents(contents):
-            return self._ids(self.backend, self._render(messages, at_least), False, at_least)
-        return self._ids(self._control.marked, self._marked(messages, contents, at_least), False, at_least)
+            return self._ids(self._parsed, self._render(messages, at_least), False, at_least)
+        return self._ids(self._control.encode, self._marked(messages, contents, at_least), False, at_least)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 becomes U+FFFD."""
@@ -108,7 +104,7 @@ class Tokenizer:
         return text
 
     def _marked(self, messages: Sequence[Mapping[str, str]], contents: list[str], at_least: AtLeast) -> str:
-        """The rendered conversation for `ControlTokens.marked`: marks where the template wrote control tokens.
+        """The rendered conversation for `ControlTokens.encode`: marks where the template wrote control tokens.
 
         The template gets the contents with one character of each control token's text disguised, which it hands on
         whatever it does with them. If that changes what it does, it looks for such texts in contents itself, as it may
@@ -130,18 +126,19 @@ class Tokenizer:
             text = disguised(frozenset(looked_for))
         return control.mark(text).translate(unmask)
 
-    def _ids(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool, at_least: AtLeast) -> list[int]:
-        if len(text) > _PIECE:
-            self._count(backend, text, at_least)
-        return _encode(backend, text, add_special_tokens)
+    def _parsed(self, text: str, add_special_tokens: bool) -> list[int]:
+        return encode(self.backend, text, add_special_tokens)
 
-    def _count(self, backend: tokenizers.Tokenizer, text: str, at_least: AtLeast) -> None:
-        """Tell `at_least` about more and more of the text. A cut may make more tokens of the one that it goes through,
-        never more than that has characters."""
+    def _ids(
+        self, encode: Callable[[str, bool], list[int]], text: str, add_special_tokens: bool, at_least: AtLeast
+    ) -> list[int]:
+        """A long text is counted in pieces first. A cut may make more tokens of the one that it goes through, never
+        more than that has characters."""
         tokens = 0
-        for start in range(0, len(text), _PIECE):
-            tokens += len(_encode(backend, text[start : start + _PIECE], False)) - self._longest
+        for start in range(0, len(text) if len(text) > _PIECE else 0, _PIECE):
+            tokens += len(encode(text[start : start + _PIECE], False)) - self._longest
             at_least(tokens)
+        return encode(text, add_special_tokens)
 
 
 @contextmanager
@@ -167,11 +164,6 @@ def _interrupted(at_least: AtLeast) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-
-
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-    return ids
 
 
 class IdsOnly:
