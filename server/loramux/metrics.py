@@ -130,7 +130,9 @@ class Metrics:
             "loramux_request_adapter_load_seconds", "Waiting for the adapter's weights, of whole answers.", _TTFT
         )
         self._rejected = counter(
-            "loramux_requests_failed", "RPCs of any service that ended with an error, by its reason.", "reason"
+            "loramux_requests_failed",
+            "RPCs of any service that the server ended with an error, by its reason. Not what callers cancelled.",
+            "reason",
         )
         self._load_seconds = histogram(
             "loramux_adapter_load_seconds", "Reading, validating and placing an adapter.", _TTFT
