@@ -137,6 +137,7 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
+    warnings: tuple[str, ...] = ()
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
     notice: str = ""
