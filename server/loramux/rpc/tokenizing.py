@@ -37,15 +37,20 @@ class Tokenizing:
         self._max_waiting = max_waiting
         self._places = threading.Semaphore(max_waiting)
 
-    async def ids(self, message: pb.GenerateRequest | pb.CountTokensRequest) -> list[int]:
-        """The ids of a message's input. Raises InvalidRequest or Overloaded."""
+    async def ids(self, message: pb.GenerateRequest | pb.CountTokensRequest, template: str | None = None) -> list[int]:
+        """The ids of a message's input; `template` is a chat's, in place of the base's.
+
+        Raises InvalidRequest or Overloaded.
+        """
         field = convert.input_field(message)
         if field == "token_ids":
             return list(message.token_ids.ids)
         if field == "chat":
             turns = convert.chat(message.chat)
             chars = sum(len(turn["content"]) for turn in turns)
-            return await self._run(lambda at_least: self._tokenizer.encode_chat(turns, at_least), field, chars)
+            return await self._run(
+                lambda at_least: self._tokenizer.encode_chat(turns, at_least, template), field, chars
+            )
         text, parse_special = message.prompt, convert.parse_special(message)
         return await self._run(lambda at_least: self._tokenizer.encode(text, parse_special, at_least), field, len(text))
 
