@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,39 @@ def test_a_second_signal_ends_what_the_first_did_not() -> None:
     assert ended(child)[0] == 1
 
 
+def test_what_waits_for_its_own_threads_is_not_waited_for() -> None:
+    """A download from a hub runs in such threads, for as long as it takes."""
+    child = start(
+        "import concurrent.futures, loramux.serve\n"
+        "    loramux.serve._GRACE_SECONDS = 0.2\n"
+        "    with concurrent.futures.ThreadPoolExecutor() as pool:\n"
+        "        pool.submit(time.sleep, 600)\n"
+        "        print('downloading', file=sys.stderr, flush=True)\n"
+        "        time.sleep(600)"
+    )
+    read_until(child, "downloading")
+    child.send_signal(signal.SIGTERM)
+    status, said = ended(child)
+    assert status == 0
+    assert "Stopped while loading." in said
+
+
+def test_phases_are_bars_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", PROGRAM.format(script="time.sleep(1); sys.exit(3)"), "serve"]
+    command += ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
+    child = subprocess.Popen(command, stderr=theirs, stdin=subprocess.DEVNULL)
+    os.close(theirs)
+    said = b""
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(ours, 65536):
+            said += part
+    os.close(ours)
+    assert child.wait(60) == 3
+    assert b"Loading a stand-in" in said
+    assert b"loramux.progress" not in said
+
+
 def test_phases_are_log_lines_without_a_terminal() -> None:
     status, said = ended(start("from loramux.errors import StartupError; raise StartupError('x [/bold]\\x1b')"))
     assert status == 1
@@ -99,6 +134,13 @@ def test_what_nobody_foresaw_is_one_sentence_too() -> None:
     assert child.returncode == 1
     assert "Traceback" in said
     assert "shows where" not in said
+
+
+def test_libraries_show_no_bars_of_their_own() -> None:
+    status, said = ended(start("import tqdm.auto; list(tqdm.auto.tqdm(range(3), desc='theirs')); sys.exit(3)"))
+    assert status == 3
+    assert "theirs" not in said
+    assert "\r" not in said
 
 
 @pytest.mark.parametrize(

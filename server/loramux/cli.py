@@ -67,6 +67,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _leave)
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # bars of libraries, beside ours or in a log
+        os.environ.setdefault(variable, "1")
     try:
         app()
     except StartupError as error:
@@ -255,6 +257,7 @@ def generate(
             f"{time.monotonic() - started:.2f} s; queue {timings.queue:.3f}, prefill {timings.prefill:.3f}, "
             f"decode {timings.decode:.3f} s",
             style="dim",
+            soft_wrap=True,
         )
 
 

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE_SECONDS = 10.0  # for what was begun to be undone; children get half of it
 
 
 class _Stopped(BaseException):
@@ -47,7 +50,7 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
     started = time.monotonic()
     try:
         for number in _SIGNALS:
-            signal.signal(number, _leave)
+            signal.signal(number, partial(_leave, console))
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # nothing to reload yet, and no reason to die
         with Phases(console) as phases:
             phases.begin("Checking the settings")
@@ -63,10 +66,20 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
         console.print("Stopped while loading.")
 
 
-def _leave(number: int, frame: object) -> NoReturn:
+def _leave(console: Console, number: int, frame: object) -> NoReturn:
     for each in _SIGNALS:
         signal.signal(each, lambda number, frame: os._exit(1))
+    # What waits for threads of its own (a download from a hub) would wait until they are done.
+    overdue = threading.Timer(_GRACE_SECONDS, _give_up, (console,))
+    overdue.daemon = True
+    overdue.start()
     raise _Stopped
+
+
+def _give_up(console: Console) -> None:
+    console.show_cursor()  # which a bar hides
+    console.print("Stopped while loading.")
+    os._exit(0)
 
 
 async def _run(

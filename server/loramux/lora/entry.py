@@ -114,7 +114,7 @@ class AdapterEntry:
     managed         found under a root, where it is looked after; others come and go by an operator's word
     irreplaceable   what is in memory cannot be read again: its files have changed
     read_as         what its files looked like (lora.scan) when they were read, or were to be
-    warnings        what an operator should know of it, in sentences
+    warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
     """
 
     name: str
@@ -130,6 +130,7 @@ class AdapterEntry:
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
     site_count: int = 0
+    warnings: tuple[str, ...] = ()
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
@@ -144,7 +145,7 @@ class AdapterEntry:
     managed: bool = False
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
-    warnings: tuple[str, ...] = ()
+    notice: str = ""
 
     @property
     def loading(self) -> bool:

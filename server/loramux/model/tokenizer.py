@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import tokenizers
@@ -18,6 +22,7 @@ from loramux.model.renderer import TemplateRenderer
 AtLeast = Callable[[int], None]  # told how many tokens a text has at least, as that becomes known; raises to stop
 
 _PIECE = 32 << 10  # characters
+_RENDER_SECONDS = 5.0  # of the thread's own time; a thousand turns take some hundredths
 _LEAST_LONGEST = 16  # characters of the longest token, where a vocabulary is no measure: of bytes, say
 _MOST_CONTROLS = 8  # copies of the tokenizer for templates with control tokens of their own
 _COMPOSED = 4  # most characters that a normalizer makes one of: α and three marks
@@ -86,7 +91,7 @@ class Tokenizer:
         adapter's `template` (by `renderer`), ending where the assistant's answer begins. The text of a control token
         in a turn's content is text like any other. Raises InvalidRequest if there is no template or it refuses the
         turns."""
-        render, control = self._render, self._control
+        render, control = partial(self._render, at_least=at_least), self._control
         if template is not None:
             assert self.renderer is not None, "templates of adapters are used only with what renders them"
             render, control = partial(self.renderer.render, template), self._control_of(template)
@@ -107,11 +112,12 @@ class Tokenizer:
         template = self._hf.chat_template
         return template if isinstance(template, str) else "".join((template or {}).values())
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _render(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast) -> str:
         try:
-            text: str = self._hf.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
-            )
+            with _interrupted(at_least):
+                text: str = self._hf.apply_chat_template(
+                    [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+                )
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
         return text
@@ -173,6 +179,31 @@ def _marked(
         looked_for = {t for t in found - control.special if disguised(found - {t}).translate(unmask) != plain}
         text = disguised(frozenset(looked_for))
     return control.mark(text).translate(unmask)
+
+
+@contextmanager
+def _interrupted(at_least: AtLeast) -> Iterator[None]:
+    """Before each line of a template's code, ask `at_least`, and raise InvalidRequest if it has run for too long.
+
+    The sandbox bounds a range, not loops within loops: a template could keep the thread for ever.
+    """
+    end = time.thread_time() + _RENDER_SECONDS
+
+    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+        at_least(0)
+        if time.thread_time() > end:
+            raise InvalidRequest("chat.messages", f"the base's chat template takes more than {_RENDER_SECONDS:g} s")
+        return on_line
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        return on_line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -94,7 +94,10 @@ def load_native(isa: str = "auto", threads: int | None = None, progress: Progres
     for choice in choices:
         if torch.ops.loramux_cpu.configure(list(ISAS).index(choice), threads or _threads()):
             return choice
-    raise Unavailable("the operating system does not hand out the AMX tile registers")
+    reason = "the operating system does not hand out the AMX tile registers"
+    if isa == "auto" and wanted != "auto":
+        raise StartupError(f"{ISA_VARIABLE}={wanted}: {reason}")
+    raise Unavailable(reason)
 
 
 def wanted_isa() -> str:
