@@ -69,9 +69,8 @@ def test_the_sandbox_is_transformers_own(renderer: TemplateRenderer, template: s
 
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_template_is_refused_and_harms_no_other(renderer: TemplateRenderer, template: str) -> None:
-    for _ in range(2):  # the second time without being tried
-        with pytest.raises(InvalidRequest):
-            renderer.render(template, TURNS)
+    with pytest.raises(InvalidRequest):
+        renderer.render(template, TURNS)
     with contextlib.suppress(InvalidAdapter):  # some would not be noticed at load
         renderer.check(template)
     assert renderer.render(GOOD, TURNS).startswith("<s>### user: Hi")

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from loramux.errors import InvalidAdapter, InvalidRequest
@@ -23,15 +22,11 @@ from loramux.errors import InvalidAdapter, InvalidRequest
 _COMMAND = (sys.executable, "-m", "loramux.model.template_child")
 _SECONDS = 60.0  # that an answer may take on a machine that is busy; the child counts its own time
 _MAX_TEXT = 16 << 20  # bytes of an answer
-_MOST_REMEMBERED = 256
-_TOO_LONG = "takes too long, or too much memory"
 
 
 class TemplateRenderer:
-    """One child, started when it is first needed and again when it ended. Thread-safe; conversations wait in line.
-
-    A template that ended the child, or did not answer, is not tried again.
-    """
+    """One child, started when it is first needed and again when a template ended it. Thread-safe; conversations wait in
+    line."""
 
     def __init__(self, special_tokens: Mapping[str, str], command: Sequence[str] = _COMMAND) -> None:
         """special_tokens: names and texts that templates may use, e.g. bos_token."""
@@ -39,7 +34,6 @@ class TemplateRenderer:
         self._command = tuple(command)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._bad: OrderedDict[str, str] = OrderedDict()
 
     def check(self, template: str) -> None:
         """Raises InvalidAdapter if it is no template, or takes too long for one short turn."""
@@ -63,8 +57,6 @@ class TemplateRenderer:
     def _ask(self, template: str, messages: Sequence[Mapping[str, str]] | None) -> dict[str, str]:
         request = {"template": template, "messages": messages, "special_tokens": self._special_tokens}
         with self._lock:
-            if template in self._bad:
-                return {"error": self._bad[template]}
             try:
                 child = self._started()
                 content = json.dumps(request).encode()
@@ -74,10 +66,7 @@ class TemplateRenderer:
                 return _answer(child)
             except (OSError, EOFError):
                 self._end()
-                self._bad[template] = _TOO_LONG
-                if len(self._bad) > _MOST_REMEMBERED:
-                    self._bad.popitem(last=False)
-                return {"error": _TOO_LONG}
+                return {"error": "takes too long, or too much memory"}
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:

@@ -49,12 +49,17 @@ class Tokenizing:
             turns = convert.chat(message.chat)
             chars = sum(len(turn["content"]) for turn in turns)
             return await self._run(
-                lambda at_least: self._tokenizer.encode_chat(turns, at_least, template), field, chars
+                lambda at_least: self._tokenizer.encode_chat(turns, at_least, template),
+                field,
+                chars,
+                patient=template is not None,  # what comes with an adapter may take its time
             )
         text, parse_special = message.prompt, convert.parse_special(message)
         return await self._run(lambda at_least: self._tokenizer.encode(text, parse_special, at_least), field, len(text))
 
-    async def _run(self, work: Callable[[AtLeast], list[int]], field: str, chars: int) -> list[int]:
+    async def _run(
+        self, work: Callable[[AtLeast], list[int]], field: str, chars: int, patient: bool = False
+    ) -> list[int]:
         max_context, longest = self._limits.max_context, self._tokenizer.longest_token
         if chars > max_context * longest:
             raise prompt_too_long(field, chars // longest, max_context, or_more=True)
@@ -72,7 +77,7 @@ class Tokenizing:
             if tokens > self._limits.longest_prompt:
                 raise prompt_too_long(field, tokens, max_context, or_more=True)
 
-        future = (self._long if chars > _LONG else self._short).submit(chars, lambda: work(at_least))
+        future = (self._long if patient or chars > _LONG else self._short).submit(chars, lambda: work(at_least))
         # The place is free when the thread is done, not when the caller goes away: what has begun goes on for a moment.
         future.add_done_callback(lambda _: self._places.release())
         try:
