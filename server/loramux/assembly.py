@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,7 +71,7 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
 
     phases.begin(f"Opening {settings.model}")
     merged = settings.merged
-    merging: Callable[[Sequence[Site]], Delta] | None = None
+    merging: Callable[[Sequence[Site], Mapping[str, torch.Tensor]], Delta] | None = None
     if merged is not None:
         merging = partial(_delta, merged, _roots(settings))
     try:
@@ -109,9 +109,12 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
     return loaded
 
 
-def _delta(adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site]) -> Delta:
+def _delta(
+    adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site], dense: Mapping[str, torch.Tensor]
+) -> Delta:
     """What `--merged` names."""
-    return Delta([(read_adapter(roots.resolve(adapter.source or adapter.name), sites, limits=ReadLimits()), 1.0)])
+    folder = roots.resolve(adapter.source or adapter.name)
+    return Delta([(read_adapter(folder, sites, limits=ReadLimits(), base=Base(dense=dense)), 1.0)])
 
 
 def _roots(settings: Settings) -> AdapterRoots:
