@@ -139,7 +139,8 @@ class AdapterRegistry:
         """
         assert self.loading(name) is None, f"{name} is being loaded"
         current = self._names.get(name)
-        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED, managed=managed)
+        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED)
+        entry.managed, entry.fixed = managed, bool(digest)
         self._keep(entry)
         self._give_name(entry)
         self._changed(entry)
@@ -147,10 +148,12 @@ class AdapterRegistry:
             self._retire(current)
         return entry
 
-    def begin(self, name: str, source: str, *, pinned: bool = False, managed: bool = False) -> AdapterEntry:
+    def begin(
+        self, name: str, source: str, *, pinned: bool = False, managed: bool = False, fixed: bool = False
+    ) -> AdapterEntry:
         """A LOADING entry. A READY or REGISTERED one of the name serves until `ready`; a FAILED one is forgotten."""
         assert self.loading(name) is None, f"{name} is being loaded already"
-        entry = AdapterEntry(name=name, uid=uuid.uuid4().hex, source=source, pinned=pinned, managed=managed)
+        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, managed=managed, fixed=fixed)
         current = self._names.get(name)
         if current is not None and current.state is State.FAILED:
             self._drop(current)
