@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter
+from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, LoramuxError
 from loramux.lora.catalog import Catalog
 from loramux.lora.entry import AdapterEntry, Lease, State
 from loramux.lora.folder import AdapterFolder
@@ -296,6 +296,28 @@ async def test_a_defect_is_told_and_tried_again_after_a_while(bench: Bench, capl
     bench.reader.error = None
     await bench.look(12)
     assert await bench.ask("a")
+
+
+async def test_who_asks_learns_no_path_of_the_server(bench: Bench) -> None:
+    """Operators do."""
+    await bench.manager.start()
+    bench.reader.put("out", b"weights")
+    await bench.look()
+    (bench.root / "a" / WEIGHTS_FILE).unlink()
+    (bench.root / "out" / WEIGHTS_FILE).unlink()
+    (bench.root / "out" / WEIGHTS_FILE).symlink_to(bench.root.parent / "secret")
+    bench.reader.error = InvalidAdapter(str(bench.root / "a"), f"is in {bench.root}")
+    for name in ("a", "a", "out", "out"):
+        asked = asyncio.create_task(bench.ask(name))
+        await bench.look(STILL)
+        with pytest.raises(LoramuxError) as caught:
+            await asked
+        told = f"{caught.value.message} {caught.value.metadata}"
+        assert str(bench.root) not in told
+        assert name in told
+        error = bench.registry.get(name).error
+        assert error is not None
+        assert str(bench.root) in error.message
 
 
 async def test_a_takeover_that_may_work_later_is_tried_again(bench: Bench) -> None:

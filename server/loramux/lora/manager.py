@@ -56,6 +56,7 @@ class AdapterManager:
         place: Callable[[Any], LoadedAdapter] | None = None,
     ) -> None:
         self.registry = registry
+        registry.private = tuple(map(str, roots.allowed))
         self._loader = Loader(
             registry,
             roots,

@@ -217,7 +217,7 @@ def _checked_identity(folder: str, roots: Sequence[Path]) -> Identity | None:
         except OSError as error:
             raise _Unfit(f"cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(status.st_mode):
-            raise _Unfit(f"has a {file} that is not a regular file")
+            raise _Unfit(f"has {file}, which is not a regular file")
         identity += _identity(status)
     if len(missing) == 2:
         return None
@@ -230,13 +230,13 @@ def _followed(path: str, roots: Sequence[Path]) -> os.stat_result:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise _Unfit(f"has a {os.path.basename(path)} that {_NOWHERE}", half=True) from None
+        raise _Unfit(f"has {os.path.basename(path)}, which {_NOWHERE}", half=True) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _Unfit(f"has a {os.path.basename(path)} that {_CIRCLE}") from None
+            raise _Unfit(f"has {os.path.basename(path)}, which {_CIRCLE}") from None
         raise
     if _leads_out(path, roots):
-        raise _Unfit(f"has a {os.path.basename(path)} that {_OUTSIDE}")
+        raise _Unfit(f"has {os.path.basename(path)}, which {_OUTSIDE}")
     return status
 
 
