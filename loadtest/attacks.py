@@ -35,6 +35,7 @@ DEADLINE = 60.0  # seconds that one hostile RPC may take
 PAUSE = 0.02  # seconds between two GetModel calls
 GOOD_TOKENS = 8
 GOOD_CLIENTS = 2
+RESIDENT = "resident"  # an adapter that is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,11 @@ class Victim:
 
 @dataclass(frozen=True, slots=True)
 class Witnessed:
-    """What the bystander felt: seconds of the longest GetModel, good requests sent and those that did not end well."""
+    """What the bystander felt: seconds of the longest GetModel and of the slowest good request, how many good requests
+    ended, and those that did not end well."""
 
     longest: float
+    slowest: float
     good: int
     lost: Counter[str]
 
@@ -88,7 +91,7 @@ class Bystander:
 
 
 def _watch(public: str, pipe: Connection) -> None:
-    longest, good, lost = 0.0, 0, Counter[str]()
+    longest, slowest, good, lost = 0.0, 0.0, 0, Counter[str]()
     lock, over = threading.Lock(), threading.Event()
 
     def probe() -> None:
@@ -102,14 +105,16 @@ def _watch(public: str, pipe: Connection) -> None:
             time.sleep(PAUSE)
 
     def use() -> None:
-        nonlocal good
+        nonlocal good, slowest
         sampling = pb.SamplingParams(max_new_tokens=GOOD_TOKENS, ignore_eos=True)
         content = pb.GenerateRequest(prompt="Once upon a time", sampling=sampling).SerializeToString()
         ask = _call(public, GENERATION + "Generate")
         while not over.is_set():
+            started = time.monotonic()
             ended = _outcome(lambda: ask(content, timeout=4 * DEADLINE))
             with lock:
                 good += 1
+                slowest = max(slowest, time.monotonic() - started)
                 lost.update([ended] if ended != "OK" else [])
 
     threads = [threading.Thread(target=work) for work in (probe, *[use] * GOOD_CLIENTS)]
@@ -118,8 +123,8 @@ def _watch(public: str, pipe: Connection) -> None:
     pipe.send("ready")
     while (word := pipe.recv()) != "close":
         with lock:
-            answer = Witnessed(longest, good, Counter(lost)) if word == "end" else word
-            longest, good = 0.0, 0
+            answer = Witnessed(longest, slowest, good, Counter(lost)) if word == "end" else word
+            longest, slowest, good = 0.0, 0.0, 0
             lost.clear()
         pipe.send(answer)
     over.set()
@@ -169,7 +174,7 @@ def _chat_flood(turns: int, copies: int) -> Attack:
 
 
 def _mix(names: int, weight: float, copies: int) -> Attack:
-    parts = [pb.AdapterWeight(adapter=f"a{i}", weight=weight) for i in range(names)]
+    parts = [pb.AdapterWeight(adapter=f"{RESIDENT}{i or ''}", weight=weight) for i in range(names)]
     return _generate(pb.GenerateRequest(prompt="x", mix=parts), copies)
 
 
@@ -246,7 +251,7 @@ def _idle_connections(port_of: Callable[[Victim], str], count: int, seconds: flo
 def _validate(weights: Callable[[], bytes], config: dict[str, object] | None = None) -> Attack:
     """An adapter folder that somebody put under a root, read on an operator's word."""
     content = weights()
-    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | (config or {})
+    fields = _CONFIG | (config or {})
 
     def attack(victim: Victim) -> Counter[str]:
         folder = victim.root / "hostile"
@@ -267,6 +272,7 @@ def _file(header: Mapping[str, object], data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+_CONFIG: dict[str, object] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 _KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
 
 
@@ -319,6 +325,14 @@ def attacks() -> Iterator[tuple[str, Attack]]:
     yield "an adapter with a tensor of 40,000 dimensions", _validate(_many_dimensions)
     yield "an adapter with 100,000 tensors in its header", _validate(_many_tensors)
     yield "an adapter with a pattern that backtracks", _validate(_one_pair, {"rank_pattern": {"(.*.*.*)*x": 2}})
+
+
+def write_resident(root: Path) -> None:
+    """The adapter whose name attacks may use."""
+    folder = root / RESIDENT
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(_CONFIG))
+    (folder / "adapter_model.safetensors").write_bytes(_one_pair())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 
 import typer
 from loramux.errors import LoramuxError
+from rich.text import Text
 
 from loadtest.bench import NotEnoughAdapters
 from loadtest.commands.adapters import adapters
@@ -48,5 +49,5 @@ def main() -> None:
     try:
         app()
     except EXPECTED as error:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(2)

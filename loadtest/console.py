@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
+from loramux.terminal import Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,7 +19,7 @@ from loadtest.gpu.report import Findings
 from loadtest.report import latency_table, rounded, throughput_table
 from loadtest.trend import MIB, sparkline
 
-err = Console(stderr=True)
+err = Terminal(stderr=True)
 
 LAG_LIMIT_MS = 20.0
 
@@ -27,18 +27,18 @@ LAG_LIMIT_MS = 20.0
 def progress() -> Progress:
     """Return a progress bar on stderr; tasks take a `note` field."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=err,
     )
 
 
 def emit(summary: Mapping[str, Any], file: Path | None = None) -> None:
     """Print the summary as the last and only line of stdout; write it to `file` too, if given."""
-    line = json.dumps(rounded(summary), ensure_ascii=False)
+    line = json.dumps(rounded(summary))
     if file is not None:
         file.write_text(line + "\n")
     print(line)
@@ -50,8 +50,9 @@ def show_bench(summary: Mapping[str, Any]) -> None:
     err.print(latency_table(summary))
     if summary["driver_lag_ms_p99"] > LAG_LIMIT_MS:
         err.print(
-            f"[yellow]The driver's own loop was {summary['driver_lag_ms_p99']:.0f} ms late (p99): "
-            "this machine is too busy for the latencies to be trusted; drive from another one."
+            f"The driver's own loop was {summary['driver_lag_ms_p99']:.0f} ms late (p99): "
+            "this machine is too busy for the latencies to be trusted; drive from another one.",
+            style="yellow",
         )
 
 
@@ -79,9 +80,9 @@ def show_soak(summary: Mapping[str, Any], resident: list[int]) -> None:
             f"{summary['rss_bytes_per_cycle']:,.0f} bytes a cycle"
         )
     for problem in summary["problems"]:
-        err.print(f"[red]✗ {problem}")
+        err.print(f"✗ {problem}", style="red")
     if not summary["problems"]:
-        err.print("[green]✓ nothing left behind")
+        err.print("✓ nothing left behind", style="green")
 
 
 def show_attacks(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -103,6 +104,7 @@ def show_attacks(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             row["attack"],
             f"{row['longest_get_model_s']:.2f}",
+            f"{row['slowest_good_s']:.2f}",
             f"{row['good']:,}",
             f"{sum(row['lost'].values()):,}",
             f"{row['rss_before_mib']:,.0f} → {row['rss_after_mib']:,.0f}",
@@ -173,7 +175,7 @@ def show_registered(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     err.print(table)
     for name, summaries in found.items():
         for status, count in sum((Counter(s["errors"]) for s in summaries), Counter[str]()).items():
-            err.print(f"[red]✗ {name}: {count} failed with {status}")
+            err.print(f"✗ {name}: {count} failed with {status}", style="red")
 
 
 def show_hotswap(summary: Mapping[str, Any]) -> None:
@@ -191,7 +193,7 @@ def show_hotswap(summary: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     for what, count in summary["errors"].items():
-        err.print(f"[red]✗ {what}: {count}")
+        err.print(f"✗ {what}: {count}", style="red")
 
 
 def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:
@@ -214,11 +216,11 @@ def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:
 
 def show_findings(title: str, found: Findings) -> None:
     """Show what one part of the GPU check found: its table, its notes and what went wrong."""
-    err.print(f"[bold]{title}[/]", highlight=False)
+    err.print(title, style="bold")
     for line in document.table(found.rows):
         # As it will stand in the file: a table of so many columns has no room in a terminal's width.
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
+        err.print(line, soft_wrap=True)
     for note in found.notes:
-        err.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
+        err.print(note, style="dim", soft_wrap=True)
     for problem in found.problems:
-        err.print(f"✗ {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"✗ {problem}", style="red", soft_wrap=True)

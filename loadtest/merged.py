@@ -44,7 +44,7 @@ def batched_and_merged(model: str, adapter: Path, work: Path, runs: int) -> dict
         for name, extra in (("batched", ["--adapter", adapter.name]), ("merged", ["--merged", adapter.name])):
             folder = work / f"server-{name}"
             folder.mkdir()
-            err.print(f"starting loramux serve {' '.join(arguments + extra)}", highlight=False, soft_wrap=True)
+            err.print(f"starting loramux serve {' '.join(arguments + extra)}", soft_wrap=True)
             addresses.append(stack.enter_context(serve([*arguments, *extra, "--log-level", "warning"], folder)))
         return asyncio.run(_measure(addresses, adapter.name, runs))
 

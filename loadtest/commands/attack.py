@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loadtest.attacks import Attack, Bystander, Victim, attacks, bystander, descriptors
+from loadtest.attacks import RESIDENT, Attack, Bystander, Victim, attacks, bystander, descriptors, write_resident
 from loadtest.commands.options import JsonFile, ModelOption
 from loadtest.console import emit, err, show_attacks
 from loadtest.server_process import serve
@@ -36,7 +36,10 @@ def attack(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loramux-attack-")))
         root = scratch / "adapters"
         root.mkdir()
-        address = stack.enter_context(serve(["--model", model, "--adapter-dir", str(root)], scratch))
+        write_resident(root)
+        address = stack.enter_context(
+            serve(["--model", model, "--adapter-dir", str(root), "--adapter", RESIDENT], scratch)
+        )
         assert address.pid is not None
         metrics = address.metrics.removeprefix("http://").removesuffix("/metrics")
         victim = Victim(address.target, address.admin, metrics, root, address.pid)
@@ -67,6 +70,7 @@ def _attacked(name: str, run: Attack, victim: Victim, watching: Bystander) -> di
         "seconds": seconds,
         "outcomes": dict(outcomes),
         "longest_get_model_s": seen.longest,
+        "slowest_good_s": seen.slowest,
         "good": seen.good,
         "lost": dict(seen.lost),
         "rss_before_mib": memory / MIB,

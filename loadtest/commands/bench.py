@@ -155,5 +155,5 @@ def measure_peer(peer: Peer, seed: int) -> Rates:
                 bar.update(task, advance=1, note=f"{cell}: {rate:,.1f} tokens/s")
         except PeerUnavailable as reason:
             # Its words are a log's: no markup, and whole lines.
-            err.print(f"{peer.name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            err.print(f"{peer.name}: {reason}", style="yellow", soft_wrap=True)
     return rates

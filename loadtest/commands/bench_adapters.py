@@ -80,7 +80,6 @@ def run_bench_adapters(
             f"{adapters:,} adapters of ranks {', '.join(map(str, RANKS))} in turn on all linears; their weights are "
             f"hard links to {distinct} files of {sum(sizes) / MIB:,.0f} MiB together: the page cache sees no more, "
             "and digests repeat",
-            highlight=False,
             soft_wrap=True,
         )
         budget = budget_for * sum(sizes) // distinct
@@ -173,7 +172,6 @@ def server_arguments(model: str, root: Path, budget: int) -> list[str]:
     arguments = ["--model", model, "--adapter-dir", str(root), "--adapter-memory", str(budget)]
     err.print(
         f"starting loramux serve {' '.join(arguments)} ({budget / MIB:,.0f} MiB; --adapter-host-memory at its default)",
-        highlight=False,
         soft_wrap=True,
     )
     return [*arguments, "--log-level", "warning"]

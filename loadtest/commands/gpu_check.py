@@ -81,7 +81,7 @@ def gpu_check(
         machine: Row = {}
         for i, part in enumerate(parts):
             seconds = limit(part, parts[i + 1 :], end - time.monotonic())
-            err.print(f"{part.name}: at most {seconds:.0f} s …", highlight=False)
+            err.print(f"{part.name}: at most {seconds:.0f} s …")
             found = check(part, Path(scratch), seconds, dry_run, 1e9 * float(machine.get("GB/s") or 0))
             if part.name == "machine":
                 machine = found.rows[0] if found.rows else {}
@@ -91,7 +91,7 @@ def gpu_check(
     written = stamp(machine, commit or checked_out())
     if document is not None:
         update(document, device, {name: block(name, device, written, found) for name, found in blocks.items()})
-        err.print(f"written to {document}", highlight=False, soft_wrap=True)
+        err.print(f"written to {document}", soft_wrap=True)
     failed = any(found.problems for found in blocks.values())
     results = {name: asdict(found) for name, found in blocks.items()}
     emit({"verdict": "fail" if failed else "pass", "stamp": written, "device": device, "blocks": results}, json_file)

@@ -178,5 +178,7 @@ def warn_if_busy() -> float:
     """
     load = os.getloadavg()[0]
     if load > 0.25 * (os.cpu_count() or 1):
-        err.print(f"[yellow]The load of this machine is {load:.1f}: figures taken now flatter whoever waits less.")
+        err.print(
+            f"The load of this machine is {load:.1f}: figures taken now flatter whoever waits less.", style="yellow"
+        )
     return load

@@ -87,7 +87,7 @@ def soak(
             arguments = ["--model", model, "--adapter-dir", str(root), "--kv-memory", KV_MEMORY]
             arguments += ["--log-level", "warning"]
             leak = {LEAK_VARIABLE: "adapters"} if seed_leak else {}
-            err.print(f"starting loramux serve {' '.join(arguments)}", highlight=False)
+            err.print(f"starting loramux serve {' '.join(arguments)}")
             address = stack.enter_context(serve(arguments, scratch, environment=leak))
         summary, resident = asyncio.run(run_soak(address, spec, variants))
     show_soak(summary, resident)

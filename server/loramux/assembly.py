@@ -30,9 +30,11 @@ from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
 from loramux.model.embedded import EMBEDDED, cache_root
 from loramux.model.kv_capacity import kv_blocks, step_bytes
-from loramux.model.loading import LoadedModel, Progress, load_model
+from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.tokenizer import IdsOnly
+from loramux.ops.cpu.build import wanted_isa
 from loramux.ops.site import Site
+from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
 from loramux.rpc.server import Parts, Server
 from loramux.values import StartAdapter
@@ -51,13 +53,22 @@ class Application:
     server: Server
 
 
-def prepare_model(
-    settings: Settings, progress: Progress | None = None, compiling: Progress | None = None
-) -> LoadedModel:
+def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedModel:
     """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError.
 
-    `progress` and `compiling` are told what `load_model` tells them.
+    The device and LORAMUX_ISA are looked at first. `phases` is told what is done.
     """
+    phases = phases or Phases(None)
+    if pick_device(settings.device).type == "cpu":
+        wanted_isa()
+    weights = phases.counting("Loading weights")
+
+    def progress(done: int, total: int) -> None:
+        weights(done, total)
+        if done == total:
+            phases.begin("Testing the model")
+
+    phases.begin(f"Opening {settings.model}")
     merged = settings.merged
     merging: Callable[[Sequence[Site]], Delta] | None = None
     if merged is not None:
@@ -70,13 +81,14 @@ def prepare_model(
             max_context=settings.max_context,
             batch_invariant=settings.batch_invariant,
             progress=progress,
-            compiling=compiling,
+            compiling=phases.counting("Compiling native operations"),
             merging=merging,
         )
     except LoramuxError as error:
         if merged is None or isinstance(error, StartupError):
             raise
         raise StartupError(f"--merged {merged.name}: {error.message}") from error
+    phases.begin("Making the KV cache")
     model = loaded.model
     if model.shortcut is not None and model.device.type == "cpu":
         # All that is worth several threads has those of the native operations. Torch's own may spin for
@@ -91,6 +103,7 @@ def prepare_model(
     except torch.OutOfMemoryError as error:
         raise StartupError(f"--kv-memory: {blocks} blocks of {block_size} tokens do not fit: {error}") from error
     if model.can_capture:
+        phases.begin("Capturing decode steps")
         model.capture_decode_steps(settings.max_batch_rows)
     return loaded
 

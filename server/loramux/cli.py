@@ -1,26 +1,34 @@
 """The command line: serve, demo, generate, adapters, merge, quantize. Turns words into calls and errors into sentences.
 
 Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
-does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick.
+does not take. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick, and so that
+generate and adapters work where only the client is installed.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
+import io
 import json
+import logging
 import math
+import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
-from loramux import config
+from loramux import config, logs
 from loramux.errors import LoramuxError, StartupError
+from loramux.escaping import escape
+from loramux.terminal import Terminal, generated, sentence
 
 app = typer.Typer(
     name="loramux",
@@ -36,8 +44,11 @@ adapters_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(adapters_app)
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
+
+log = logging.getLogger(__name__)
+_LOG_LEVEL = config.ENV_PREFIX + "LOG_LEVEL"
 
 Target = Annotated[str, typer.Option("--target", envvar="LORAMUX_TARGET", help="Public address of the server.")]
 Admin = Annotated[str, typer.Option("--admin", envvar="LORAMUX_ADMIN", help="Admin address of the server.")]
@@ -52,6 +63,12 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 def main() -> None:
     """Entry point: runs a command and prints its error, if any, as one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _leave)
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # bars of libraries, beside ours or in a log
+        os.environ.setdefault(variable, "1")
     try:
         app()
     except StartupError as error:
@@ -60,15 +77,43 @@ def main() -> None:
         _fail(f"{error.message} [{error.status} {error.reason}]")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get(_LOG_LEVEL) == "debug" and not logging.root.handlers:
+            logs.configure("debug")
+        log.debug("unexpected", exc_info=True)
+        hint = "" if log.isEnabledFor(logging.DEBUG) else f"; {_LOG_LEVEL}=debug shows where"
+        _fail(f"unexpected {type(error).__name__}: {error}{hint}")
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """What was begun is undone on the way out, as by Ctrl-C; a second signal ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _require_server() -> None:
+    """Raises StartupError if a package of the extra `server` is not installed, as with `pip install loramux` alone."""
+    try:
+        requirements = metadata.requires("loramux") or ()
+    except metadata.PackageNotFoundError:
+        return  # run from its sources, beside packages that somebody chose
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        package = re.split(r"[^\w.-]", wanted, maxsplit=1)[0]
+        if re.search(r"""extra == ['"]server['"]""", marker) and not any(metadata.distributions(name=package)):
+            raise StartupError(
+                f"this command needs the server, and {package} is not installed: pip install 'loramux[server]'"
+            )
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print(f"[bold red]error:[/] {_plain(message)}", highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error: ", "bold red"), sentence(message)), soft_wrap=True)
     raise SystemExit(1)
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+def _say(text: str) -> None:
+    """One line on standard output, whatever stands in it."""
+    console.print(escape(text), soft_wrap=True)
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,7 +139,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         shown = "" if option.default in (None, ()) else f" [dim]Default: {_shown(option.default)}.[/]"
         switch = isinstance(option.default, bool)  # a flag without a value
         declared = typer.Option(
-            option.flag, help=_plain(option.help) + shown, metavar=None if switch else option.metavar
+            option.flag, help=option.help.replace("[", r"\[") + shown, metavar=None if switch else option.metavar
         )
         kind: Any = list[str] | None if option.repeatable else bool | None if switch else str | None
         parameters.append(
@@ -135,11 +180,11 @@ def serve(
 
     Every flag can be given as LORAMUX_… in the environment or in the --config file.
     """
-    from loramux import logs
+    _require_server()
     from loramux.serve import run
 
-    logs.configure(settings.log_level, settings.log_format)  # after the imports: libraries set up their own
-    asyncio.run(run(settings, errors, ports_file))
+    logs.configure(settings.log_level, settings.log_format)
+    run(settings, errors, ports_file)
 
 
 @app.command()
@@ -153,6 +198,7 @@ def demo(
 
     The batch holds prompts for the base and for every adapter in the folder, all at the same time.
     """
+    _require_server()
     from loramux.demo import run
 
     run(model, adapter_dir, console)
@@ -200,17 +246,18 @@ def generate(
         )
         last = None
         for event in stream:
-            sys.stdout.write(event.text)
+            sys.stdout.write(generated(event.text))
             sys.stdout.flush()
             last = event
     sys.stdout.write("\n")
     if stats and isinstance(last, Finished):
         usage, timings = last.usage, last.timings
         errors.print(
-            f"[dim]{usage.prompt_tokens} prompt + {usage.completion_tokens} output tokens in "
+            f"{usage.prompt_tokens} prompt + {usage.completion_tokens} output tokens in "
             f"{time.monotonic() - started:.2f} s; queue {timings.queue:.3f}, prefill {timings.prefill:.3f}, "
-            f"decode {timings.decode:.3f} s[/]",
-            highlight=False,
+            f"decode {timings.decode:.3f} s",
+            style="dim",
+            soft_wrap=True,
         )
 
 
@@ -252,10 +299,11 @@ def merge(
 
       loramux merge --mix sql=0.7,json=0.3 --out ./smollm2-mix --dtype fp16
     """
+    _require_server()
     from loramux.lora.ingredient import Ingredient
     from loramux.lora.roots import AdapterRoots
     from loramux.merge import merge as write
-    from loramux.progress import bars
+    from loramux.progress import bar
     from loramux.tables import merge_table
 
     if bool(name) == bool(mix):
@@ -265,14 +313,10 @@ def merge(
     weights = _mix(mix) if mix else {name: 1.0}
     roots = AdapterRoots(adapter_dir or [Path("adapters")])
     ingredients = [Ingredient(n, roots.resolve(n), weight) for n, weight in weights.items()]
-    with bars(errors, f"Merging {', '.join(weights)} into {model}") as (progress,):
+    with bar(errors, f"Merging {', '.join(weights)} into {model}") as progress:
         report = write(model, ingredients, out, dtype=dtype, progress=progress)
     console.print(merge_table(report))
-    console.print(
-        f"Wrote {out}: {report.bytes / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"Wrote {out}: {report.bytes / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}")
 
 
 @app.command()
@@ -284,12 +328,13 @@ def quantize(
 
     Example: loramux quantize ./Llama-3-8B ./Llama-3-8B-nf4
     """
-    from loramux.progress import bars
+    _require_server()
+    from loramux.progress import bar
     from loramux.quantize import quantize_to
 
-    with bars(errors, f"Quantizing {source}") as (progress,):
+    with bar(errors, f"Quantizing {source}") as progress:
         size = quantize_to(source, out, progress)
-    console.print(f"Wrote {out}: {size / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}", highlight=False)
+    _say(f"Wrote {out}: {size / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}")
 
 
 @adapters_app.command("list")
@@ -318,7 +363,8 @@ def adapters_show(name: Name, admin: Admin = "127.0.0.1:50052", admin_key: Admin
     from loramux.tables import as_dict
 
     with AdminClient(admin, api_key=admin_key) as client:
-        console.print_json(data=as_dict(client.get(name)))
+        # In ASCII, since what a terminal must not get is then written as JSON writes it.
+        console.print_json(data=as_dict(client.get(name)), ensure_ascii=True)
 
 
 @adapters_app.command("load")
@@ -337,13 +383,12 @@ def adapters_load(
     with AdminClient(admin, api_key=admin_key) as client:
         adapter = client.load(name, source, replace=replace, pin=pin, validate_only=validate_only)
     verb = "is fit to load:" if validate_only else "is loaded as"
-    console.print(
+    _say(
         f"{name} {verb} {adapter.uid or adapter.digest}: {adapter.sites} layers, rank ≤ {adapter.max_rank}, "
-        f"{adapter.device_bytes / 2**20:.2f} MiB, read in {adapter.load_seconds * 1e3:.0f} ms",
-        highlight=False,
+        f"{adapter.device_bytes / 2**20:.2f} MiB, read in {adapter.load_seconds * 1e3:.0f} ms"
     )
     for warning in adapter.warnings:
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+        _say(f"warning: {warning}")
 
 
 @adapters_app.command("unload")
@@ -359,10 +404,9 @@ def adapters_unload(
 
     with AdminClient(admin, api_key=admin_key) as client:
         unloaded = client.unload(name, drain_timeout=drain_timeout, cancel_after_timeout=cancel)
-    console.print(
+    _say(
         f"{name} unloaded: {unloaded.freed_bytes / 2**20:.2f} MiB freed, "
-        f"{unloaded.cancelled_requests} requests cancelled",
-        highlight=False,
+        f"{unloaded.cancelled_requests} requests cancelled"
     )
 
 
@@ -378,18 +422,17 @@ def adapters_merge(
     """Write base + a loaded adapter (or a mix) as a dense model, on the server's disk, while it serves."""
     from loramux.answers import Merged
     from loramux.client import AdminClient
-    from loramux.progress import bars
+    from loramux.progress import bar
 
-    with AdminClient(admin, api_key=admin_key) as client, bars(errors, f"Merging {name or mix}") as (progress,):
+    with AdminClient(admin, api_key=admin_key) as client, bar(errors, f"Merging {name or mix}") as progress:
         for step in client.merge(name, output=output, dtype=dtype, mix=_mix(mix) if mix else None):
             if not isinstance(step, Merged):
                 progress(step.done, step.total)
                 continue
-            console.print(
+            _say(
                 f"Wrote {step.output} on the server: {step.bytes / 2**20:.1f} MiB. Over {step.layers} layers, the "
                 f"rounding to {dtype} is {step.overall_error:.2%} of the adapter's change, at most "
-                f"{step.worst_error:.2%} ({step.worst_layer})",
-                highlight=False,
+                f"{step.worst_error:.2%} ({step.worst_layer})"
             )
 
 
@@ -405,7 +448,7 @@ def adapters_pin(
 
     with AdminClient(admin, api_key=admin_key) as client:
         client.pin(name, not off)
-    console.print(f"{name} {'unpinned' if off else 'pinned'}", highlight=False)
+    _say(f"{name} {'unpinned' if off else 'pinned'}")
 
 
 if __name__ == "__main__":

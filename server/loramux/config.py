@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -23,6 +24,11 @@ from loramux.errors import StartupError
 from loramux.values import Memory, StartAdapter, choice, integer, many, seconds, text
 
 ENV_PREFIX = "LORAMUX_"
+# Read elsewhere: by this module, by the caches, by the native operations, by commands that are clients, by tests.
+OTHER_VARIABLES = tuple(ENV_PREFIX + name for name in ("CONFIG", "CACHE", "ISA", "TARGET", "ADMIN", "TEST_LEAK"))
+_SERVICE_VARIABLE = re.compile(
+    r"LORAMUX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
 
 
 def _is(kind: values.Kind, help: str) -> dict[str, Any]:
@@ -70,10 +76,13 @@ class Settings:
     admin_port: int = field(
         default=50052, metadata=_is(integer("PORT", 0, 65535), "Admin gRPC port; 0 takes a free one.")
     )
-    metrics_host: str = field(default="127.0.0.1", metadata=_is(text("HOST"), "Address of /metrics and /healthz."))
+    metrics_host: str = field(
+        default="127.0.0.1",
+        metadata=_is(text("HOST"), "Address of /metrics and of the probes /healthz, /readyz, /livez."),
+    )
     metrics_port: int = field(
         default=9400,
-        metadata=_is(integer("PORT", 0, 65535), "Port of /metrics and /healthz; 0 serves neither."),
+        metadata=_is(integer("PORT", 0, 65535), "Port of /metrics and of the probes; 0 serves neither."),
     )
     tls_cert: Path | None = field(
         default=None, metadata=_is(values.FILE, "PEM certificate chain; both gRPC ports then speak TLS.")
@@ -349,13 +358,26 @@ def _read_secret(file: Path, where: str) -> str:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What is set, by setting. Raises StartupError for a variable of our prefix that nothing reads."""
+    by_variable = {option.variable: name for name, option in options().items()}
     found = {}
-    for name, option in options().items():
-        given = environ.get(option.variable, "")
-        # Kubernetes sets LORAMUX_PORT=tcp://10.0.0.7:50051 in every pod beside a service named "loramux".
-        if given and not given.startswith("tcp://"):
-            found[name] = given
+    for variable, given in environ.items():
+        if not given or not variable.startswith(ENV_PREFIX) or _from_kubernetes(variable, given):
+            continue
+        if variable in by_variable:
+            found[by_variable[variable]] = given
+        elif variable not in OTHER_VARIABLES:
+            known = [name.removeprefix(ENV_PREFIX) for name in (*by_variable, *OTHER_VARIABLES)]
+            close = difflib.get_close_matches(variable.removeprefix(ENV_PREFIX), known, n=1)
+            hint = f"did you mean {ENV_PREFIX}{close[0]}?" if close else "`loramux serve --help` lists the settings"
+            raise StartupError(f"{variable} is set, which is no setting; {hint}")
     return found
+
+
+def _from_kubernetes(variable: str, given: str) -> bool:
+    """Whether it is one of those that every pod has for a service named loramux or loramux-…: such as
+    LORAMUX_PORT=tcp://10.0.0.7:50051, LORAMUX_SERVICE_HOST, LORAMUX_ADMIN_PORT_50052_TCP_ADDR."""
+    return bool(_SERVICE_VARIABLE.fullmatch(variable)) or given.startswith(("tcp://", "udp://", "sctp://"))
 
 
 def _from_file(file: Path) -> dict[str, object]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from loramux.answers import Finished
 from loramux.client import AsyncClient
 from loramux.errors import StartupError
+from loramux.terminal import safe
 
 BASE_PROMPTS = (
     "What is the capital of France?",
@@ -73,8 +74,7 @@ def run(model: str, adapter_dir: Path, console: Console) -> None:
     tokens = sum(a.tokens for a in answers)
     console.print(
         f"{len(answers)} answers, {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s together. "
-        "The server drained and stopped.",
-        highlight=False,
+        "The server drained and stopped."
     )
 
 
@@ -154,5 +154,6 @@ def _table(answers: list[Answer]) -> Table:
         rate = a.tokens / a.seconds if a.seconds else 0.0
         name = a.case.adapter or "(base)"
         prompt = _last_line(a.case.prompt)
-        table.add_row(name, prompt, a.text.strip(), mark, f"{a.first_token * 1e3:.0f} ms", f"{rate:.1f}")
+        answer = safe(a.text.strip(), keep="\n")
+        table.add_row(safe(name), safe(prompt), answer, mark, f"{a.first_token * 1e3:.0f} ms", f"{rate:.1f}")
     return table

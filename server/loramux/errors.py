@@ -5,6 +5,7 @@
     ├── InvalidAdapter        INVALID_ARGUMENT     files that cannot be served on this base (PreconditionFailure detail)
     ├── AdapterUnavailable    FAILED_PRECONDITION  a registered adapter that failed to load, or cannot be used now
     ├── AdapterNotFound       NOT_FOUND            no adapter of that name (ResourceInfo detail)
+    ├── UnknownService        NOT_FOUND            health of a service that this port does not serve
     ├── AdapterExists         ALREADY_EXISTS       the name holds other content and `replace` was not given
     ├── FolderExists          ALREADY_EXISTS       a folder to be written is there already
     ├── PathNotAllowed        PERMISSION_DENIED    a path that leaves the allowed roots
@@ -109,6 +110,13 @@ class AdapterNotFound(LoramuxError):
             metadata={"adapter": name},
         )
         self.name = name
+
+
+class UnknownService(LoramuxError):
+    """The health of a service was asked for that this port does not serve."""
+
+    status = "NOT_FOUND"
+    reason = "UNKNOWN_SERVICE"
 
 
 class AdapterExists(LoramuxError):
@@ -227,7 +235,7 @@ class EngineFault(LoramuxError):
 
 
 class StartupError(LoramuxError):
-    """The server cannot start; the command line prints the sentence and exits with 2."""
+    """The server cannot start; the command line prints the sentence and exits with 1."""
 
     reason = "STARTUP"
 

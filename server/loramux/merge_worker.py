@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,11 +19,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from loramux import logs
 from loramux.errors import LoramuxError
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.ingredient import Ingredient
 from loramux.merge import merge
 from loramux.rpc import status
+
+log = logging.getLogger(__name__)
 
 _NICENESS = 10  # requests come first
 
@@ -34,6 +38,7 @@ def main(hold: Callable[[int, int], None] = lambda done, total: None) -> None:
     """
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints must not get between the lines
+    logs.configure("warning")
     signal.signal(signal.SIGTERM, _leave)
     os.nice(_NICENESS)
     torch.set_num_threads(1)
@@ -53,7 +58,7 @@ def main(hold: Callable[[int, int], None] = lambda done, total: None) -> None:
     try:
         report = merge(job["model"], ingredients, Path(job["out"]), dtype=job["dtype"], progress=progress)
     except LoramuxError as error:
-        print(f"merge into {job['out']}: {error.message}", file=sys.stderr)
+        log.error("merge into %s: %s", job["out"], error.message)
         rich = status.from_error(error)
         details = base64.b64encode(rich.SerializeToString()).decode()
         say({"error": {"code": status.code_of(rich).name, "message": rich.message, "details": details}})

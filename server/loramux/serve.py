@@ -1,4 +1,8 @@
-"""`loramux serve`: load, show what was loaded, serve until told to stop, drain."""
+"""`loramux serve`: check, load, show what was loaded, serve until told to stop, drain.
+
+Loading is done in the main thread, outside any event loop, so that a signal ends it where it stands: what was begun
+(a compiler, a download, a temporary folder) is undone on the way out.
+"""
 
 from __future__ import annotations
 
@@ -8,57 +12,129 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from loramux.assembly import Application, assemble, prepare_model
+from loramux import logs
+from loramux.checks import check, reserved_ports
 from loramux.config import Settings
-from loramux.progress import bars
-from loramux.rpc.server import Addresses
-from loramux.tables import startup_table
+from loramux.errors import StartupError
+from loramux.progress import Phases
+
+if TYPE_CHECKING:
+    from loramux.assembly import Application
+    from loramux.model.loading import LoadedModel
+    from loramux.rpc.server import Addresses
 
 log = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE_SECONDS = 10.0  # for what was begun to be undone; children get half of it
 
-async def run(settings: Settings, console: Console, ports_file: Path | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal ends the process at once.
 
-    Raises StartupError if anything is not as it must be; nothing listens then.
+class _Stopped(BaseException):
+    """SIGTERM or SIGINT while loading."""
+
+
+def run(settings: Settings, console: Console, ports_file: Path | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; while it still loads, leave at once. A second signal ends the process
+    with status 1 whatever it does.
+
+    Call it in the main thread. Raises StartupError if anything is not as it must be; nothing listens then.
     """
     started = time.monotonic()
+    try:
+        for number in _SIGNALS:
+            signal.signal(number, partial(_leave, console))
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # nothing to reload yet, and no reason to die
+        with Phases(console) as phases:
+            phases.begin("Checking the settings")
+            check(settings, ports_file)
+            with reserved_ports(settings):
+                phases.begin("Importing torch")
+                from loramux.assembly import prepare_model
+
+                logs.configure(settings.log_level, settings.log_format)  # libraries have set up their own
+                loaded = prepare_model(settings, phases)
+        asyncio.run(_run(settings, loaded, console, ports_file, started))
+    except _Stopped:
+        console.print("Stopped while loading.")
+
+
+def _leave(console: Console, number: int, frame: object) -> NoReturn:
+    for each in _SIGNALS:
+        signal.signal(each, lambda number, frame: os._exit(1))
+    # What waits for threads of its own (a download from a hub) would wait until they are done.
+    overdue = threading.Timer(_GRACE_SECONDS, _give_up, (console,))
+    overdue.daemon = True
+    overdue.start()
+    raise _Stopped
+
+
+def _give_up(console: Console) -> None:
+    console.show_cursor()  # which a bar hides
+    console.print("Stopped while loading.")
+    os._exit(0)
+
+
+async def _run(
+    settings: Settings, loaded: LoadedModel, console: Console, ports_file: Path | None, started: float
+) -> None:
+    from loramux.assembly import assemble
+    from loramux.tables import startup_table
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, _on_signal, stop, console)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # nothing to reload yet, and no reason to die
-    with bars(console, f"Loading {settings.model}", "Compiling native operations") as (loading, compiling):
-        loaded = await asyncio.to_thread(prepare_model, settings, loading, compiling)
     application = assemble(settings, loaded)
     # Hundreds of thousands of objects by now, all here to stay: a full collection that walks them is felt as a pause.
     gc.collect()
     gc.freeze()
     await application.engine.start()
     try:
-        addresses = await application.server.start()
+        addresses = await _start(application, stop, console)
         reloads: set[asyncio.Task[None]] = set()
         loop.add_signal_handler(signal.SIGHUP, _on_hangup, application, reloads)
         console.print(startup_table(application, addresses))
         if ports_file is not None:
             _write(ports_file, addresses)
-        console.print(f"Serving after {time.monotonic() - started:.1f} s. Stop with Ctrl-C.", highlight=False)
+        seconds = time.monotonic() - started
+        log.info("ready after %.1f s", seconds)
+        console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
         await _serve(application, stop, console)
     finally:
         await application.engine.stop()
 
 
+async def _start(application: Application, stop: asyncio.Event, console: Console | None) -> Addresses:
+    """Listen and load the adapters. Raises _Stopped if `stop` is set before that is done; nothing listens then."""
+    with Phases(console) as phases:
+        phases.begin("Loading adapters")
+        starting = asyncio.create_task(application.server.start())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait((starting,))
+                raise _Stopped
+            return starting.result()
+        finally:
+            stopping.cancel()
+
+
 async def _serve(application: Application, stop: asyncio.Event, console: Console) -> None:
     await stop.wait()
     timeout = application.settings.drain_timeout
-    console.print(f"Draining: running requests have {timeout:g} s.", highlight=False)
+    console.print(f"Draining: running requests have {timeout:g} s.")
     cancelled = await application.server.drain()
-    console.print(f"Stopped; {cancelled} requests were cancelled.", highlight=False)
+    console.print(f"Stopped; {cancelled} requests were cancelled.")
 
 
 def _on_signal(stop: asyncio.Event, console: Console) -> None:
@@ -83,5 +159,9 @@ def _write(path: Path, addresses: Addresses) -> None:
         "pid": os.getpid(),
     }
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content) + "\n")
-    scratch.rename(path)
+    try:
+        scratch.write_text(json.dumps(content) + "\n")
+        scratch.rename(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise StartupError(f"--ports-file: cannot write {path}: {error.strerror}") from None

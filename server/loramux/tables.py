@@ -9,9 +9,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loramux.answers import Adapter
 from loramux.merge_report import MergeReport
+from loramux.terminal import safe
 
 if TYPE_CHECKING:
     from loramux.assembly import Application
@@ -35,7 +37,7 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
     table = Table(title="loramux", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("model", f"{facts.name}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters")
+    table.add_row("model", safe(f"{facts.name}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters"))
     table.add_row("compute", f"{facts.device}, {facts.dtype}, {facts.backend}")
     if facts.quantized_parameters:
         table.add_row("quantized weights", f"{facts.bits_per_weight:.3f} bits each, NF4, {size(facts.nf4_bytes)}")
@@ -52,10 +54,10 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
         f"{len(entries)} known, {resident} loaded: {size(used)} of {size(settings.adapter_memory)}, and "
         f"{size(settings.adapter_host_memory)} for those put out",
     )
-    table.add_row("adapter folders", ", ".join(map(str, settings.adapter_dir)) or "none: give --adapter-dir")
-    table.add_row("requests", f"gRPC on {addresses.public}" + (" (TLS)" if settings.tls_cert else ""))
-    table.add_row("admin", f"gRPC on {addresses.admin}")
-    table.add_row("metrics", f"http://{addresses.metrics}/metrics" if addresses.metrics else "off")
+    table.add_row("adapter folders", safe(", ".join(map(str, settings.adapter_dir)) or "none: give --adapter-dir"))
+    table.add_row("requests", safe(f"gRPC on {addresses.public}" + (" (TLS)" if settings.tls_cert else "")))
+    table.add_row("admin", safe(f"gRPC on {addresses.admin}"))
+    table.add_row("metrics", safe(f"http://{addresses.metrics}/metrics" if addresses.metrics else "off"))
     return table
 
 
@@ -67,16 +69,20 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
     table.add_column("targets, or what is wrong", overflow="fold")
     for a in adapters:
         table.add_row(
-            a.name,
-            a.state,
-            a.residency,
+            safe(a.name),
+            safe(a.state),
+            safe(a.residency),
             str(a.max_rank or ""),
             size(a.size_bytes) if a.size_bytes else "",
             str(a.leases),
             "yes" if a.pinned else "",
-            a.error or "\n".join([", ".join(a.target_modules), *(f"warning: {w}" for w in a.warnings)]),
+            Text("\n").join(map(safe, [a.error] if a.error else _targets(a))),
         )
     return table
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    return [", ".join(adapter.target_modules), *(f"warning: {warning}" for warning in adapter.warnings)]
 
 
 def as_dict(adapter: Adapter) -> dict[str, Any]:
@@ -91,8 +97,8 @@ def merge_table(report: MergeReport) -> Table:
         column.justify = "right"
     for layer in report.layers:
         share = layer.delta_norm / layer.base_norm if layer.base_norm else math.inf
-        table.add_row(layer.layer, f"{share:.2%}", f"{layer.error:.3%}")
+        table.add_row(safe(layer.layer), f"{share:.2%}", f"{layer.error:.3%}")
     table.add_section()
-    table.add_row(f"worst: {report.worst.layer}", "", f"{report.worst.error:.3%}")
+    table.add_row(safe(f"worst: {report.worst.layer}"), "", f"{report.worst.error:.3%}")
     table.add_row("all together", "", f"{report.overall:.3%}", style="bold")
     return table

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from loramux.engine.group import Group
 from loramux.engine.request import AdapterUse, SequenceFinished
+from loramux.engine.sequence import Sequence
 from loramux.engine.settings import EngineSettings
-from loramux.errors import AdapterUnavailable, InvalidRequest
+from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest
 
 from .fakes import Bench, FakeAdapter, FakeModel, adapter, expected, request
 
@@ -189,6 +191,40 @@ def test_a_mix_that_is_known_late_is_refused_too() -> None:
     dora.load()
     bench.run()
     assert isinstance(bench.error(mixed), InvalidRequest)
+    bench.assert_baseline()
+
+
+def test_those_behind_what_does_not_fit_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand requests of sixteen sequences each may wait; every step went through all of them."""
+    bench = Bench(max_batch_rows=2)
+    bench.submit(*(request([i], n=16, request_id=str(i)) for i in range(20)))
+    looks = 0
+    plain = Group.may_start
+
+    def counting(group: Group, seq: Sequence) -> bool:
+        nonlocal looks
+        looks += 1
+        return plain(group, seq)
+
+    monkeypatch.setattr(Group, "may_start", counting)
+    bench.engine.step()
+    assert len(bench.engine.scheduler.running) == 2
+    assert looks <= 2 * 16 + 1
+    bench.engine.step()
+    assert looks <= 2 * 16 + 2
+    bench.run()
+    bench.assert_baseline()
+
+
+def test_requests_leave_the_queue_in_any_order() -> None:
+    bench = Bench(max_batch_rows=1)
+    requests = [request([i], n=3, request_id=str(i), arrival=5.0, priority=i % 4) for i in range(12)]
+    bench.submit(*requests)
+    bench.engine.step()
+    for i in (7, 11, 0, 3, 5):
+        bench.engine.abort(requests[i], Cancelled("gone"))
+        bench.engine.check_books()
+    bench.run()
     bench.assert_baseline()
 
 

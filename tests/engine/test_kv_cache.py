@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from array import array
+from hashlib import blake2b
 from typing import Any
 
 import pytest
+from loramux.engine import kv_cache
 from loramux.engine.detokenizer import Detokenizer
 from loramux.engine.group import make_group
 from loramux.engine.kv_cache import KVCache, cache_root
@@ -146,3 +148,23 @@ def test_check_finds_a_lost_block() -> None:
     seq.blocks = array("i", [seq.blocks[0], seq.blocks[0]])
     with pytest.raises(AssertionError):
         kv.check([seq])
+
+
+def test_the_prompt_of_n_sequences_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+    monkeypatch.setattr(kv_cache, "blake2b", lambda data, **knobs: (hashed.append(data), blake2b(data, **knobs))[1])
+    first, *others = sequence(range(40), n=8).group.sequences
+    kv = KVCache(200, 4)
+    assert kv.admit(first, headroom=0)
+    first.tokens.extend(range(100, 120))  # what it generated is its own
+    assert kv.reserve(first)
+    first.computed = len(first.tokens)
+    kv.commit(first)
+    before = len(hashed)
+    for i, seq in enumerate(others):
+        seq.tokens.extend([i] * 9)
+        assert kv.admit(seq, headroom=0)
+        assert seq.keys[:10] == first.keys[:10]
+        assert seq.keys[10] != first.keys[10]
+    assert len(hashed) == before + 2 * len(others), "the two full blocks that each has of its own"
+    kv.check([first, *others])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from loramux.engine import sampler
+from loramux.engine.batch import Batch
+from loramux.engine.engine import Engine
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Delta, Event, Request, SequenceFinished
 from loramux.engine.settings import EngineSettings
@@ -270,20 +272,58 @@ async def test_failed_load_is_raised_to_each_reader() -> None:
         await server.assert_baseline(*requests)
 
 
+class Waits(threading.Event):
+    """The engine's own event; it counts how often the engine went to sleep, and says whether it sleeps now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps = 0
+        self.asleep = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is None, "without requests there is nothing to look at later"
+        self.sleeps += 1
+        self.asleep = True
+        super().wait()
+        self.asleep = False
+        return True
+
+
 async def test_idle_engine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No spinning: without requests the engine thread does not step at all."""
+    """No spinning: without requests the engine's thread looks for work once each time it is woken, then waits until
+    it is woken again. What counts is where it waits, not for how long nothing was seen to happen."""
+    monkeypatch.setattr("loramux.engine.loop.threading.Event", Waits)
+    looks = 0
+    plain = Engine.prepare
+
+    def counting(engine: Engine) -> Batch | None:
+        nonlocal looks
+        looks += 1
+        return plain(engine)
+
+    monkeypatch.setattr(Engine, "prepare", counting)
     async with serve() as server:
+        wake = server.engine._wake
+        assert isinstance(wake, Waits)
         await server.answer(request([1]))
-        engine = server.engine._engine
-        plain, calls = engine.step, []
+        for _ in range(3):
+            await server.until(lambda: wake.asleep and not wake.is_set())  # a busy engine never is
+            before, slept = looks, wake.sleeps
+            server.engine.wake()
+            await server.until(lambda slept=slept: wake.sleeps > slept)  # type: ignore[misc]
+            assert (looks, wake.sleeps) == (before + 1, slept + 1)
 
-        def counting() -> bool:
-            calls.append(1)
-            return plain()
 
-        monkeypatch.setattr(engine, "step", counting)
-        await asyncio.sleep(0.1)
-        assert len(calls) <= 1  # it may have been on its way to sleep
+async def test_a_far_deadline_is_no_reason_to_die() -> None:
+    """`wait` takes no more than 292 years; a client may give its call 11,000 of them."""
+    async with serve(load_poll_seconds=1e30) as server:
+        slow = FakeAdapter("slow", "slow-1")
+        r = request([1], slow, deadline=3.6e11)
+        task = asyncio.create_task(server.answer(r))
+        await server.until(lambda: server.engine.stats().waiting == 1)
+        slow.load()
+        server.engine.wake()
+        assert await task == expected([1], r.adapters)
 
 
 async def test_drain_lets_running_requests_finish() -> None:

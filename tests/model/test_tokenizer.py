@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loramux.errors import InvalidRequest
-from loramux.model.tokenizer import Tokenizer
+from loramux.errors import Cancelled, InvalidRequest
+from loramux.model import tokenizer as tokenizer_module
+from loramux.model.tokenizer import Tokenizer, _encode
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -253,6 +256,24 @@ def test_what_a_long_text_has_at_least_is_never_more_than_it_has(name: str, text
     assert len(text) <= tokens * ours.longest_token
 
 
+def test_others_run_while_a_text_is_tokenized() -> None:
+    """tokenizers' `encode` holds the interpreter's lock: a megabyte stopped the event loop for seconds."""
+    _, ours = base("chatml")
+    begun, turns = threading.Event(), 0
+
+    def work() -> None:
+        begun.set()
+        _encode(ours.backend, "a " * 500_000, False)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    while thread.is_alive():
+        turns += 1
+        thread.join(0.001)
+    assert turns > 3  # one or two without
+
+
 def test_a_template_that_fails_is_the_requests_fault() -> None:
     hf, _ = base("chatml")
     for template in ("{{ 1 / 0 }}", "{{ messages[99].x.y }}", "{{ raise_exception('no') }}", "{{ 1 + 'a' }}"):
@@ -260,3 +281,24 @@ def test_a_template_that_fails_is_the_requests_fault() -> None:
         with pytest.raises(InvalidRequest, match="template refuses"):
             Tokenizer(hf).encode_chat(turns("hi"))
     hf.chat_template = CHATML
+
+
+def test_a_template_that_does_not_end_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox bounds a range, not a range within a range."""
+    monkeypatch.setattr(tokenizer_module, "_RENDER_SECONDS", 0.05)
+    hf, _ = base("chatml")
+    loop = "{% for i in range(99999) %}" * 3 + "{% set x = i %}" + "{% endfor %}" * 3
+    hf.chat_template = loop
+    ours = Tokenizer(hf)
+    try:
+        with pytest.raises(InvalidRequest, match="takes more than"):
+            ours.encode_chat(turns("hi"))
+
+        def gone(tokens: int) -> None:
+            raise Cancelled("the client went away")
+
+        with pytest.raises(Cancelled):
+            ours.encode_chat(turns("hi"), gone)
+    finally:
+        hf.chat_template = CHATML
+    assert sys.gettrace() is None or "tokenizer" not in repr(sys.gettrace())

@@ -113,9 +113,42 @@ def test_keys_come_from_files_and_never_show(tmp_path: Path) -> None:
         load({"api_key_file": str(key)}, environ={})
 
 
-def test_kubernetes_service_variables_are_not_ours() -> None:
+@pytest.mark.parametrize("service", ["LORAMUX", "LORAMUX_ADMIN", "LORAMUX_METRICS", "LORAMUX_BLUE_2"])
+def test_kubernetes_service_variables_are_not_ours(service: str) -> None:
     """A service named "loramux" puts LORAMUX_PORT=tcp://… into every pod beside it; the server then did not start."""
-    assert load(environ={"LORAMUX_PORT": "tcp://10.0.0.7:50051"}).port == Settings().port
+    environ = {
+        f"{service}_SERVICE_HOST": "10.0.0.7",
+        f"{service}_SERVICE_PORT": "50051",
+        f"{service}_SERVICE_PORT_GRPC": "50051",
+        f"{service}_PORT": "tcp://10.0.0.7:50051",
+    }
+    for protocol in ("tcp", "udp", "sctp"):
+        port = f"{service}_PORT_50051_{protocol.upper()}"
+        environ |= {port: f"{protocol}://10.0.0.7:50051", f"{port}_PROTO": protocol}
+        environ |= {f"{port}_PORT": "50051", f"{port}_ADDR": "10.0.0.7"}
+    assert load(environ=environ) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("LORAMUX_PROT", "LORAMUX_PROT is set, which is no setting; did you mean LORAMUX_PORT?"),
+        ("LORAMUX_ADAPTER_DIRS", "did you mean LORAMUX_ADAPTER_DIR?"),
+        ("LORAMUX_CACHE_DIR", "did you mean LORAMUX_CACHE?"),
+        ("LORAMUX_XYZZY", "lists the settings"),
+        ("LORAMUX_SERVICE_HOSTS", "is no setting"),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_an_error(variable: str, sentence: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        load(environ={variable: "1"})
+    assert sentence in caught.value.message
+
+
+def test_variables_of_other_parts_and_programs_are_left_alone() -> None:
+    others = ("CACHE", "ISA", "TARGET", "ADMIN", "TEST_LEAK")
+    environ = {f"LORAMUX_{name}": "x" for name in others} | {"PATH": "/bin", "MY_LORAMUX_X": "1", "loramux_port": "x"}
+    assert load(environ=environ | {"LORAMUX_MAX_N": "", "LORAMUX_UNSET": ""}) == Settings()
 
 
 def test_settings_are_frozen_and_every_one_is_documented() -> None:

@@ -6,11 +6,14 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loramux.answers import Finished
@@ -18,7 +21,9 @@ from loramux.client import AsyncAdminClient, AsyncClient
 from loramux.config import Settings
 from loramux.engine.request import Delta, Event, Request
 from loramux.errors import Cancelled, Draining, StartupError, Unreachable
+from loramux.rpc import health as health_module
 from loramux.rpc.server import Server
+from loramux.rpc.watchers import Watchers
 from loramux.values import StartAdapter
 
 from tests.patience import PATIENCE
@@ -26,28 +31,54 @@ from tests.rpc.stack import finished, running, two_words, write_adapter
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICES = ("", "loramux.v1.GenerationService", "loramux.v1.AdapterService")
-
-
-def health_stub(channel: grpc.aio.Channel) -> Any:
-    return health_pb2_grpc.HealthStub(channel)
+SERVICES = ("loramux.v1.GenerationService", "loramux.v1.AdapterService")
 
 
 def reflection_stub(channel: Any) -> Any:
     return reflection_pb2_grpc.ServerReflectionStub(channel)
 
 
-async def test_health_of_each_service_and_of_unknown_ones(tmp_path: Path) -> None:
-    async with running(tmp_path) as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
-        health = health_stub(channel)
-        for service in SERVICES:
-            assert (await health.Check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
+def health_stub(channel: grpc.aio.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)
+
+
+async def test_a_port_knows_the_health_of_what_it_serves(tmp_path: Path) -> None:
+    """Each port told of both services, and so of one that nobody reaches there."""
+    unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    async with running(tmp_path) as r:
+        for address, own, other in ((r.addresses.public, *SERVICES), (r.addresses.admin, *reversed(SERVICES))):
+            async with grpc.aio.insecure_channel(address) as channel:
+                health = health_stub(channel)
+                for service in ("", own):
+                    assert (await health.Check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
+                    watch = health.Watch(health_pb2.HealthCheckRequest(service=service))
+                    assert (await anext(aiter(watch))).status == SERVING
+                for service in ("nobody", other, "x" * 100_000):
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await health.Check(health_pb2.HealthCheckRequest(service=service))
+                    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+                    watch = health.Watch(health_pb2.HealthCheckRequest(service=service))
+                    assert (await anext(aiter(watch))).status == unknown
+
+
+async def test_watchers_of_health_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anyone may watch, without a key, for as long as they like."""
+    monkeypatch.setattr(health_module, "Watchers", partial(Watchers, 3))
+    async with running(tmp_path, api_key="right-key") as r, grpc.aio.insecure_channel(r.addresses.public) as channel:
+        stub = health_stub(channel)
+        watchers = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        for watcher in watchers:
+            assert (await anext(aiter(watcher))).status == SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await health.Check(health_pb2.HealthCheckRequest(service="nobody"))
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        watch = health.Watch(health_pb2.HealthCheckRequest(service="nobody"))
-        assert (await anext(aiter(watch))).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        watch.cancel()
+            await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest())))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == SERVING
+        watchers[0].cancel()
+        async with asyncio.timeout(PATIENCE):
+            while True:  # until its place is free
+                with suppress(grpc.aio.AioRpcError):
+                    assert (await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest())))).status == SERVING
+                    break
 
 
 async def test_an_engine_fault_flips_health(tmp_path: Path) -> None:
@@ -109,17 +140,30 @@ def test_admin_beyond_loopback_needs_a_key() -> None:
         assert Settings(admin_host=local).admin_host == local
 
 
-async def test_reflection_lists_and_describes_the_services(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_and_describes_the_services(tmp_path: Path, version: str) -> None:
+    """Newer clients ask for v1 only: the other name was all that grpcio-reflection registers."""
+    method = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+    ask = reflection_pb2.ServerReflectionRequest
     async with running(tmp_path) as r:
-        for address, service in ((r.addresses.public, SERVICES[1]), (r.addresses.admin, SERVICES[2])):
+        for address, service in ((r.addresses.public, SERVICES[0]), (r.addresses.admin, SERVICES[1])):
             async with grpc.aio.insecure_channel(address) as channel:
-                stub = reflection_stub(channel)
-                ask = reflection_pb2.ServerReflectionRequest
-                requests = [ask(list_services=""), ask(file_containing_symbol=service)]
-                answers = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
-                names = {item.name for item in answers[0].list_services_response.service}
-                assert names == {service, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-                assert answers[1].file_descriptor_response.file_descriptor_proto
+                open_call: Any = channel.stream_stream
+                call = open_call(method, ask.SerializeToString, reflection_pb2.ServerReflectionResponse.FromString)
+                listed = await anext(aiter(call(iter([ask(list_services="")]))))
+                names = {item.name for item in listed.list_services_response.service}
+                reflections = {f"grpc.reflection.{v}.ServerReflection" for v in ("v1", "v1alpha")}
+                assert names == {service, "grpc.health.v1.Health"} | reflections
+                symbols = [ask(file_containing_symbol=name) for name in sorted(names)]
+                answers = [answer async for answer in call(iter(symbols))]
+                assert len(answers) == len(names)
+                for name, answer in zip(sorted(names), answers, strict=True):
+                    raw = answer.file_descriptor_response.file_descriptor_proto
+                    files = [descriptor_pb2.FileDescriptorProto.FromString(file) for file in raw]
+                    pool = descriptor_pool.DescriptorPool()  # with its imports it is whole: a client can build it
+                    for file in reversed(files):
+                        pool.Add(file)
+                    assert pool.FindServiceByName(name).methods
 
 
 async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loramux.engine.door import Limits
 from loramux.errors import InvalidRequest, Overloaded
-from loramux.rpc import sizes, wire
+from loramux.rpc import sizes, watchers, wire
 from loramux.rpc.boundary import Boundary, Malformed
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import adapters_pb2
@@ -70,7 +70,7 @@ def _behind_the_boundary(message: type[Any], limit: int = 4 << 20) -> Any:
         def FromString(cls, raw: bytes) -> Any:
             raise AssertionError("parsed")
 
-    return Boundary(limit, BOUNDS, lambda error: None)._deserializer(Unparsed.FromString)
+    return Boundary(limit, BOUNDS, lambda error: None, lambda *refused: None)._deserializer(Unparsed.FromString)
 
 
 @pytest.mark.parametrize(("field", "message"), FLOODS.values(), ids=FLOODS)
@@ -204,11 +204,78 @@ async def test_short_texts_wait_for_no_long_one(tmp_path: Path) -> None:
     assert await tokenizing.ids(pb.GenerateRequest(prompt="hi")) == [104, 105]
     for task in long:
         task.cancel()
-    tokens.go_on.set()
     await asyncio.wait(long)
+    tokens.go_on.set()
     assert await tokenizing.ids(pb.GenerateRequest(prompt="y" * 20_000)) == [121] * 20_000
     tokenizing.close()
     assert tokens.texts.count(20_000) == 2  # of those that left, only the one that had begun
+
+
+async def test_the_shortest_text_is_the_next() -> None:
+    """A flood of texts that are just not long was worked on before a word that came after it."""
+    tokens = Counted()
+    tokenizing = Tokenizing(tokens, LIMITS)
+    calls = [asyncio.create_task(tokenizing.ids(pb.GenerateRequest(prompt="x" * 200)))]
+    await asyncio.to_thread(tokens.begun.wait, 60)
+    calls += [asyncio.create_task(tokenizing.ids(pb.GenerateRequest(prompt="x" * n))) for n in (90, 100, 2, 80)]
+    await asyncio.sleep(0)  # each gets into the line
+    tokens.go_on.set()
+    await asyncio.gather(*calls)
+    assert tokens.texts == [200, 2, 80, 90, 100]
+    tokenizing.close()
+
+
+async def test_closing_drops_what_waits() -> None:
+    tokens = Counted()
+    tokenizing = Tokenizing(tokens, LIMITS)
+    calls = [asyncio.create_task(tokenizing.ids(pb.GenerateRequest(prompt="x" * 100)))]
+    await asyncio.to_thread(tokens.begun.wait, 60)
+    calls += [asyncio.create_task(tokenizing.ids(pb.GenerateRequest(prompt="x" * n))) for n in (90, 80)]
+    await asyncio.sleep(0)
+    tokenizing.close()
+    tokens.go_on.set()
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert [isinstance(result, asyncio.CancelledError) for result in done] == [False, True, True]
+
+
+async def test_messages_at_work_are_bounded_in_bytes(tmp_path: Path) -> None:
+    """A thousand waiting requests of 4 MB each are 4 GB."""
+    tokens = Counted()
+    async with running(tmp_path, tokens=tokens, max_message_bytes=1100) as r:
+        calls = [asyncio.create_task(r.client.count_tokens("x" * 1000)) for _ in range(80)]
+        refused, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        error = refused.pop().exception()
+        assert isinstance(error, Overloaded)
+        assert (error.reason, error.metadata["limit"]) == ("QUEUE_FULL", str(64 * 1100))
+        for call in waiting:
+            call.cancel()
+        await asyncio.wait(waiting)
+        tokens.go_on.set()
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    assert await r.client.count_tokens("x" * 200) == 200
+                    break
+                except Overloaded:  # the server hears of the others' leaving a moment later
+                    await asyncio.sleep(0.01)
+
+
+async def test_watchers_are_bounded(tmp_path: Path) -> None:
+    async with running(tmp_path) as r, grpc.aio.insecure_channel(r.addresses.admin) as channel:
+        for method in ("/grpc.health.v1.Health/Watch", "/loramux.v1.AdapterService/WatchAdapters"):
+            calls = [channel.unary_stream(method)(b"") for _ in range(watchers.MOST)]
+            if "Health" in method:
+                for call in calls:
+                    await anext(aiter(call))
+            else:
+                async with asyncio.timeout(60):
+                    while len(r.manager._watchers) < watchers.MOST:
+                        await asyncio.sleep(0.01)
+            with pytest.raises(grpc.aio.AioRpcError, match="streams watch already") as caught:
+                await anext(aiter(channel.unary_stream(method)(b"")))
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            for call in calls:
+                call.cancel()
 
 
 async def test_count_tokens_refuses_what_generate_refuses(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from loramux.engine.detokenizer import Detokenizer
 from loramux.engine.door import check_mix
@@ -21,6 +23,24 @@ from loramux.engine.stop_strings import StopScanner
 from loramux.errors import DeadlineExceeded, InvalidRequest, LoramuxError
 
 Sink = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitTables:
+    """What the rules of every step need of a request, as arrays: int64 ids `biased` with their float32 `biases`, and
+    int64 ids `ending`."""
+
+    biased: np.ndarray
+    biases: np.ndarray
+    ending: np.ndarray
+
+    @classmethod
+    def of(cls, bias: Mapping[int, float], ending_ids: frozenset[int]) -> LogitTables:
+        return cls(
+            np.fromiter(bias, np.int64, len(bias)),
+            np.fromiter(bias.values(), np.float32, len(bias)),
+            np.array(sorted(ending_ids), np.int64),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +60,7 @@ class Group:
     uses_key: tuple[tuple[str, float], ...]
     root: bytes
     ending_ids: frozenset[int]
+    tables: LogitTables
     arrival: float
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
@@ -133,6 +154,7 @@ def make_group(
     p = request.sampling
     uses = tuple(sorted(request.adapters, key=lambda use: (use.handle.uid, use.weight)))
     uses_key = tuple((use.handle.uid, use.weight) for use in uses)
+    ending_ids = p.stop_token_ids if p.ignore_eos else p.stop_token_ids | eos_token_ids
     group = Group(
         request=request,
         sink=sink,
@@ -141,17 +163,19 @@ def make_group(
         uses=uses,
         uses_key=uses_key,
         root=cache_root(uses_key, request.cache_salt),
-        ending_ids=p.stop_token_ids if p.ignore_eos else p.stop_token_ids | eos_token_ids,
+        ending_ids=ending_ids,
+        tables=LogitTables.of(p.logit_bias, ending_ids),
         arrival=arrival,
         unfinished=p.n,
         loading=is_loading(uses),
     )
     scanner = StopScanner(p.stop, detokenizer.split)
+    prompt = array("q", request.prompt_ids)
     group.sequences = [
         Sequence(
             group=group,
             index=i,
-            tokens=array("q", request.prompt_ids),
+            tokens=prompt[:],
             end=min(len(request.prompt_ids) + p.max_new_tokens, max_context),
             text=detokenizer.open(),
             scanner=scanner.fork(),

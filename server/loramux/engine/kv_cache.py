@@ -136,6 +136,9 @@ class KVCache:
         if not self.prefix_caching:
             return []
         usable = (len(seq.tokens) - 1) // self.block_size
+        eldest = seq.group.sequences[0]
+        if not seq.keys and seq is not eldest:  # they have the prompt in common, and it may be long
+            seq.keys = eldest.keys[: len(seq.group.request.prompt_ids) // self.block_size]
         self._extend_keys(seq, usable)
         hits: list[int] = []
         for key in seq.keys[:usable]:

@@ -92,7 +92,7 @@ def apply_row_rules(row: Tensor, seq: Sequence) -> None:
     """Change one row [V], float32, in place; on any device, without waiting for it."""
     p = seq.group.request.sampling
     if p.repetition_penalty != 1.0:
-        ids = _on(row, np.unique(np.array(seq.tokens)))
+        ids = _on(row, np.array(seq.tokens))  # one that is there twice gets the same value twice
         seen = row[ids]
         row[ids] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
     if p.frequency_penalty != 0.0 or p.presence_penalty != 0.0:
@@ -100,12 +100,11 @@ def apply_row_rules(row: Tensor, seq: Sequence) -> None:
         unique, counts = np.unique(output, return_counts=True)
         penalty = (p.frequency_penalty * counts + p.presence_penalty).astype(np.float32)
         row[_on(row, unique)] -= _on(row, penalty)
-    if p.logit_bias:
-        row[_on(row, np.array(list(p.logit_bias), dtype=np.int64))] += _on(
-            row, np.array(list(p.logit_bias.values()), dtype=np.float32)
-        )
-    if seq.num_output < p.min_new_tokens and seq.group.ending_ids:
-        row[_on(row, np.array(sorted(seq.group.ending_ids), dtype=np.int64))] = float("-inf")
+    tables = seq.group.tables
+    if len(tables.biased):
+        row[_on(row, tables.biased)] += _on(row, tables.biases)
+    if seq.num_output < p.min_new_tokens and len(tables.ending):
+        row[_on(row, tables.ending)] = float("-inf")
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:

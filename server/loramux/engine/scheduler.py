@@ -11,8 +11,9 @@ small requests would starve a large one otherwise.
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import takewhile
 
 from loramux.engine.kv_cache import KVCache
 from loramux.engine.sequence import Sequence, Status
@@ -54,9 +55,9 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """The sequence ends, wherever it is: frees its blocks and its place. Doing it twice is harmless."""
         if seq.status is Status.RUNNING:
-            self.running.remove(seq)
+            _take_out(self.running, seq)
         elif seq.status is Status.WAITING:
-            self.waiting.remove(seq)
+            _take_out(self.waiting, seq)
         seq.status = Status.FINISHED
         self.kv.release(seq)
 
@@ -109,7 +110,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue, at its old place; its tokens are computed again, or come from the cache."""
         self.preemptions += 1
-        self.running.remove(seq)
+        _take_out(self.running, seq)
         self.kv.release(seq)
         self.add(seq)
 
@@ -118,7 +119,9 @@ class Scheduler:
         budget = self._prefill_budget(len(rows))
         started = [seq for seq in self.running if seq.pending > 1]
         admitting = True
-        for seq in heapq.merge(started, candidates.copy(), key=_rank):
+        # Once one does not fit, those behind it are not looked at: there may be thousands.
+        admissible = takewhile(lambda _: admitting, candidates.copy())
+        for seq in heapq.merge(started, admissible, key=_rank):
             if budget == 0:
                 return
             if seq.status is Status.WAITING:
@@ -152,10 +155,17 @@ class Scheduler:
             return False
         if not self.kv.admit(seq, headroom=len(self.running)):
             return False
-        self.waiting.remove(seq)
+        _take_out(self.waiting, seq)
         seq.status = Status.RUNNING
         insort(self.running, seq, key=_rank)
         return True
+
+
+def _take_out(line: list[Sequence], seq: Sequence) -> None:
+    """Remove it from a list that is sorted by rank, which is its own: thousands may wait, and leave in any order."""
+    place = bisect_left(line, seq.rank, key=_rank)
+    assert line[place] is seq
+    del line[place]
 
 
 def _rank(seq: Sequence) -> tuple[float, int, int]:

@@ -126,7 +126,6 @@ class AdapterEntry:
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
     site_count: int = 0
-    warnings: tuple[str, ...] = ()
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
@@ -142,6 +141,7 @@ class AdapterEntry:
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
     notice: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:

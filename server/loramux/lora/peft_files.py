@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.base import NOTHING_KNOWN, Base
+from loramux.lora.chat_template import own_chat_template
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.header import TensorEntry
 from loramux.lora.limits import ReadLimits
@@ -116,7 +117,7 @@ def read_adapter(
     for module, site in by_module.items():
         _check_selected(paths[module], parts[module], selected, config)
         factors.append(_site_factors(site, paths[module], parts[module], snapshot, config, limits))
-    told = warnings_of(config, selected, paths, factors, sites, base)
+    told = warnings_of(config, selected, paths, factors, sites, base, own_chat_template(folder))
     return AdapterFiles(config, snapshot.digest, tuple(sorted(factors, key=lambda f: f.site.index)), (*notes, *told))
 
 

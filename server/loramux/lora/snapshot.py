@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from loramux.errors import InvalidAdapter
+from loramux.errors import InvalidAdapter, LoramuxError
 from loramux.lora.folder import AdapterFolder, OpenedFolder, as_folder
 from loramux.lora.header import LENGTH_BYTES, START_BYTES, TensorEntry, header_length, parse_header
 from loramux.lora.host_memory import allocate
@@ -71,6 +71,15 @@ def folder_digest(folder: AdapterFolder | Path, limits: ReadLimits) -> str:
             while count := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:count])
     return f"sha256:{digest.hexdigest()}"
+
+
+def read_beside(folder: AdapterFolder | Path, name: str, limit: int) -> bytes | None:
+    """Another file of the folder; None if there is none, or none of at most `limit` bytes that may be read."""
+    try:
+        with as_folder(folder).opened() as opened, _open(opened, name, limit) as file:
+            return file.read(limit)
+    except (OSError, LoramuxError):
+        return None
 
 
 def measure(folder: AdapterFolder | Path, item_bytes: int, limits: ReadLimits) -> int:

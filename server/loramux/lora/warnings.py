@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loramux.lora.base import Base
+from loramux.lora.chat_template import same_template
 from loramux.lora.peft_config import PeftConfig, shown
 from loramux.lora.selection import Selection
 from loramux.ops.site import Site
@@ -31,8 +32,10 @@ def warnings_of(
     factors: Sequence[SiteFactors],
     sites: Sequence[Site],
     base: Base,
+    chat_template: str | None,
 ) -> list[str]:
-    """All of them. `paths`: by module, what it is known by, its name in this base last."""
+    """All of them. `paths`: by module, what it is known by, its name in this base last. `chat_template` is the
+    folder's own."""
     found = (
         _effect(config, factors),
         _fewer(config, selected, paths, factors, sites),
@@ -40,6 +43,7 @@ def warnings_of(
         _unmatched("alpha_pattern", config, paths),
         _switched_on(config),
         _other_base(config, base),
+        _other_template(chat_template, base),
     )
     return [sentence for sentence in found if sentence is not None]
 
@@ -131,6 +135,15 @@ def _other_base(config: PeftConfig, base: Base) -> str | None:
     if _plain_name(named) == _plain_name(base.name):
         return None
     return f"it was trained on {shown(named)} by its adapter_config.json, and this server serves {shown(base.name)}"
+
+
+def _other_template(chat_template: str | None, base: Base) -> str | None:
+    if chat_template is None or same_template(chat_template, base.chat_template):
+        return None
+    return (
+        "its folder has a chat template of its own, other than the base's, which messages are rendered with; send "
+        "prompts in its form instead of messages, if it was trained with that"
+    )
 
 
 def _plain_name(hub_id: str) -> str:

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from loramux.errors import StartupError
 from loramux.merge_report import MERGE_REPORT
 from loramux.model.embedded import EMBEDDED, ensure_embedded
+from loramux.model.place import local_place, names
 from loramux.model.refusal import refusing
 from loramux.model.towers import language_config
 
@@ -161,17 +162,11 @@ def open_source(model: str, *, revision: str | None = None) -> TensorSource:
     transformers_logging.disable_progress_bar()
     if model in EMBEDDED:
         return FolderSource(ensure_embedded(model, convert_gguf), model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return FolderSource(path, model)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise StartupError(f"{model}: a model is a Hugging Face folder or id, a .gguf file, or one of {_names()}")
-        return GgufSource(path, model)
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    place = local_place(model)
+    if place is None:
         folder = _download(model, revision)
         return FolderSource(folder, model, str(folder))
-    raise StartupError(f"{model}: no such folder or file, and no embedded model of that name ({_names()})")
+    return GgufSource(place, model) if place.is_file() else FolderSource(place, model)
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
@@ -180,10 +175,6 @@ def convert_gguf(gguf: Path, out: Path) -> None:
 
     for _ in write_checkpoint(GgufSource(gguf, gguf.name), out):
         pass
-
-
-def _names() -> str:
-    return ", ".join(sorted(EMBEDDED))
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -196,7 +187,7 @@ def _download(model: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StartupError(
             f"{model}: could not be fetched from the hub ({type(error).__name__}); "
-            f"give a local folder, or one of the embedded models: {_names()}"
+            f"give a local folder, or one of the embedded models: {names()}"
         ) from error
 
 

@@ -1,37 +1,35 @@
-"""The standard health service over one switch for the whole server.
+"""The standard health service, one for each port, over one switch for the whole server.
 
-A watcher is written to outside of any lock: one that does not read holds up nobody, least of all the drain.
+A watcher is written to outside of any lock: one that does not read holds up nobody, least of all the drain. Anyone may
+watch, without a key; so the watchers of a port are bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loramux.errors import UnknownService
 from loramux.rpc.boundary import Context
 from loramux.rpc.watchers import Watchers
 
 Status = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):
-    """SERVING while accepting and while `engine_healthy()`. Event loop's thread, except `serving`.
+class Health:
+    """The switch: serving while accepting and while `engine_healthy()`. Event loop's thread, except `serving`.
 
-    `services` are known beside "" (the whole server); all have the same status. An engine fault shows in each
-    Check at once, and to watchers at the next `refresh`.
+    An engine fault shows in each Check at once, and to watchers at the next `refresh`.
     """
 
-    def __init__(self, services: Iterable[str], engine_healthy: Callable[[], bool]) -> None:
-        self._services = {"", *services}
+    def __init__(self, engine_healthy: Callable[[], bool]) -> None:
+        self.closed = False
+        self.changed = asyncio.Event()  # a new one after each change
         self._engine_healthy = engine_healthy
         self._accepting = False
-        self._closed = False
-        self._changed = asyncio.Event()
-        self._watchers = Watchers()
 
     @property
     def serving(self) -> bool:
@@ -45,32 +43,45 @@ class Health(health_pb2_grpc.HealthServicer):
 
     def refresh(self) -> None:
         """Let watchers look again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     def close(self) -> None:
         """End the watchers' streams, so that stopping the server does not wait for them."""
-        self._closed = True
+        self.closed = True
         self.refresh()
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """The health of a port, which knows itself ("") and the service that it serves, and no other."""
+
+    def __init__(self, health: Health, service: str) -> None:
+        self._health = health
+        self._services = ("", service)
+        self._watchers = Watchers()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Status:
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+            raise UnknownService(f"this port does not serve {request.service[:128]!r}; it serves {self._services[1]}")
         return Status(status=self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         with self._watchers.one():
-            last = None
-            while not self._closed:
-                changed = self._changed
-                status = self._status(request.service)
-                if status != last:
-                    await context.write(Status(status=status))
-                    last = status
-                else:
-                    await changed.wait()
+            await self._watch(request.service, context)
+
+    async def _watch(self, service: str, context: Context) -> None:
+        last = None
+        while not self._health.closed:
+            changed = self._health.changed
+            status = self._status(service)
+            if status != last:
+                await context.write(Status(status=status))
+                last = status
+            else:
+                await changed.wait()
 
     def _status(self, service: str) -> Any:
+        """A watcher of an unknown service waits for it to appear, as the protocol has it."""
         if service not in self._services:
             return Status.SERVICE_UNKNOWN
-        return Status.SERVING if self.serving else Status.NOT_SERVING
+        return Status.SERVING if self._health.serving else Status.NOT_SERVING

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from loramux.config import Settings
 from loramux.engine.client import EngineClient
@@ -26,10 +25,11 @@ from loramux.rpc import sizes
 from loramux.rpc.adapters import AdapterServicer
 from loramux.rpc.flight import Admission
 from loramux.rpc.generation import GenerationServicer
-from loramux.rpc.health import Health
+from loramux.rpc.health import Health, HealthServicer
 from loramux.rpc.listening import bind, make_server
 from loramux.rpc.merged import MergedOnly
 from loramux.rpc.ports import Merger, ModelInfo, Tokenizer
+from loramux.rpc.reflection import add_reflection
 from loramux.rpc.telemetry import RequestRecord, Telemetry
 from loramux.rpc.tokenizing import Tokenizing
 from loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -88,7 +88,7 @@ class Server:
         self._metrics_server: MetricsServer | None = None
         self._telemetry = Telemetry(self.metrics, parts.engine, parts.adapters.registry)
         self._tokenizing = Tokenizing(parts.tokenizer, parts.engine.limits, max_waiting=settings.max_queue)
-        self._health = Health((GENERATION, ADAPTERS), lambda: parts.engine.healthy)
+        self._health = Health(lambda: parts.engine.healthy)
         self._unlisten = parts.adapters.registry.listen(self._adapter_changed)
         parts.adapters.registry.tiers.turn = parts.engine.wake
         api_key, admin_key = settings.api_key, settings.admin_key
@@ -111,8 +111,8 @@ class Server:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._public)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._admin)
         for server, service in ((self._public, GENERATION), (self._admin, ADAPTERS)):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            reflection.enable_server_reflection((service, HEALTH, reflection.SERVICE_NAME), server)
+            health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._health, service), server)
+            add_reflection(server, (service, HEALTH))
 
     async def start(self) -> Addresses:
         """Listen, load the adapters named in the settings, then welcome requests.

@@ -39,6 +39,7 @@ _MAX_REQUEST_ID = 512  # 128 characters, whatever they are: whoever searches for
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _BY_CODE: dict[grpc.StatusCode, type[errors.LoramuxError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.AdapterUnavailable,
+    grpc.StatusCode.NOT_FOUND: errors.UnknownService,
     grpc.StatusCode.ALREADY_EXISTS: errors.AdapterExists,
     grpc.StatusCode.PERMISSION_DENIED: errors.PathNotAllowed,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,

@@ -3,23 +3,39 @@
 The library is on torch's stable ABI, so plain g++ is all it takes; it is kept in the cache folder and, when the
 package was installed with it (Docker), beside this file. Each file is compiled for three instruction sets, and which
 one runs is decided when it is loaded.
+
+A library is loaded only if its bytes have the sha256 that was written beside it, and only from folders that nobody
+else can write to: a damaged one ends the process when it is mapped, and a foreign one is somebody else's code. Where
+the cache cannot be used, what is compiled serves this process alone.
 """
 
 from __future__ import annotations
 
+import atexit
+import difflib
+import errno
 import fcntl
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from loramux.children import Children
+from loramux.errors import StartupError
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -39,6 +55,13 @@ _NEEDS = {
 }
 # Floating-point comparisons may become selects, or no loop with one vectorizes. Sums keep their order.
 _FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden", "-w")
+ISA_VARIABLE = "LORAMUX_ISA"
+
+_SCRATCH = ".compiling-"
+_ALONE = "loramux-native-"
+_COMPILE_SECONDS = 900.0  # for one file, on a slow and busy machine
+_WAIT_SECONDS = 3600.0  # for another process that compiles the same
+_LOOK_SECONDS = 0.2
 
 
 class Unavailable(Exception):
@@ -49,23 +72,46 @@ def load_native(isa: str = "auto", threads: int | None = None, progress: Progres
     """Build if need be, load, and choose an instruction set; returns its name.
 
     `isa` "auto" takes $LORAMUX_ISA or the best that this machine has; `progress` is for `compile_to`.
-    Raises Unavailable with the reason.
+    Raises Unavailable with the reason, and what `wanted_isa` raises.
     """
-    wanted = os.environ.get("LORAMUX_ISA", "auto") if isa == "auto" else isa
+    wanted = wanted_isa() if isa == "auto" else isa
     if wanted == "none":
-        raise Unavailable("LORAMUX_ISA=none")
+        raise Unavailable(f"{ISA_VARIABLE}=none")
     supported = supported_isas()
     if not supported:
         raise Unavailable(f"the processor ({platform.machine()}) has no AVX2")
     if wanted != "auto" and wanted not in supported:
-        raise Unavailable(f"LORAMUX_ISA={wanted}: this machine supports {', '.join(supported)}")
+        raise Unavailable(f"{wanted}: this machine supports {', '.join(supported)}")
     if not hasattr(torch.ops.loramux_cpu, "linear"):
-        torch.ops.load_library(str(library(progress)))
+        path = library(progress)
+        try:
+            torch.ops.load_library(str(path))
+        except (OSError, RuntimeError) as error:  # another libc, a file system that runs no programs, …
+            raise Unavailable(f"{path} cannot be loaded: {error}") from error
+        finally:
+            _discard(path)
     choices = [wanted] if wanted != "auto" else list(reversed(supported))
     for choice in choices:
         if torch.ops.loramux_cpu.configure(list(ISAS).index(choice), threads or _threads()):
             return choice
-    raise Unavailable("the operating system does not hand out the AMX tile registers")
+    reason = "the operating system does not hand out the AMX tile registers"
+    if isa == "auto" and wanted != "auto":
+        raise StartupError(f"{ISA_VARIABLE}={wanted}: {reason}")
+    raise Unavailable(reason)
+
+
+def wanted_isa() -> str:
+    """$LORAMUX_ISA: "auto", "none", or an instruction set that this machine has. Raises StartupError for others."""
+    wanted = os.environ.get(ISA_VARIABLE) or "auto"
+    supported = supported_isas()
+    if wanted not in ("auto", "none", *supported):
+        here = ", ".join(supported) or "none of them"
+        close = difflib.get_close_matches(wanted, ("auto", "none", *ISAS), n=1)
+        hint = f"; did you mean {close[0]}?" if close and wanted not in ISAS else ""
+        raise StartupError(
+            f"{ISA_VARIABLE}={wanted}: it may be auto, none, {', '.join(ISAS)}, and this machine has {here}{hint}"
+        )
+    return wanted
 
 
 def supported_isas() -> list[str]:
@@ -80,38 +126,130 @@ def supported_isas() -> list[str]:
 
 
 def library(progress: Progress | None = None) -> Path:
-    """The compiled library; compiles it if it is not there. `progress` is for `compile_to`.
+    """The compiled library; compiled if it is not there. `progress` is for `compile_to`.
 
-    Raises Unavailable without a compiler.
+    Raises Unavailable without a compiler, or with one that fails.
     """
     installed = HERE / "libloramux_cpu.so"
     if installed.is_file():
-        return installed
+        # As trustworthy as the package's own files; its sum, if there is one, finds a damaged disk or layer.
+        if not _sum_file(installed).exists() or _intact(installed):
+            return installed
+        log.warning("%s is damaged; not using it", installed)
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler (install g++)")
-    folder = _cache() / "native"
-    target = folder / f"libloramux_cpu-{_fingerprint(compiler)}.so"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_file():
+    target = _cache() / "native" / f"libloramux_cpu-{_fingerprint(compiler)}.so"
+    try:
+        return _kept(target, compiler, progress)
+    except OSError as error:
+        log.warning(
+            "the cache folder %s cannot be used (%s): the native CPU operations are compiled for this process alone, "
+            "and again at every start; make the folder usable, or name another in LORAMUX_CACHE",
+            target.parent,
+            error.strerror or error,
+        )
+    alone: Path | None = None
+    try:
+        alone = Path(tempfile.mkdtemp(prefix=_ALONE)) / target.name
+        compile_to(alone, compiler, progress=progress)
+    except BaseException as error:
+        if alone is not None:
+            _discard(alone)
+        if isinstance(error, OSError):
+            raise Unavailable(f"there is no place to compile in: {error.strerror or error}") from error
+        raise
+    atexit.register(_discard, alone)
+    return alone
+
+
+def _discard(library: Path) -> None:
+    """Remove a library that was compiled for this process alone."""
+    if library.parent.name.startswith(_ALONE):
+        shutil.rmtree(library.parent, ignore_errors=True)
+
+
+def _kept(target: Path, compiler: str, progress: Progress | None) -> Path:
+    """The library in the cache, compiled there if it is missing or damaged.
+
+    Raises OSError if the folder cannot be used or is not safe, Unavailable if the compiler fails.
+    """
+    folder = target.parent
+    if folder.is_dir():
+        _check_safe(folder)
+        if _intact(target):
+            return target
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_safe(folder)
+    with _locked(folder / ".lock"):
+        if not _intact(target):
+            for left in folder.glob(f"{_SCRATCH}*"):  # by one that was killed: who compiles here holds the lock
+                shutil.rmtree(left, ignore_errors=True)
             log.info("compiling the native CPU operations, once")
             compile_to(target, compiler, progress=progress)
     return target
 
 
+def _check_safe(folder: Path) -> None:
+    """Raises PermissionError if anybody else could put a library into `folder`, or another folder in its place."""
+    for path in (folder, folder.parent):
+        found = path.stat()
+        if found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(errno.EPERM, f"{path} belongs to another user")
+        # A group of one's own is harmless: many systems make all folders so.
+        others = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid not in (0, os.getegid()) else 0)
+        sticky = path != folder and found.st_mode & stat.S_ISVTX
+        if found.st_mode & others and not sticky:
+            raise PermissionError(errno.EPERM, f"others may write to {path}; chmod go-w it")
+
+
+def _intact(library: Path) -> bool:
+    """Whether the library is there, is ours, and has the bytes that were written."""
+    try:
+        with library.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & stat.S_IWOTH:
+                return False
+            return hashlib.file_digest(file, "sha256").hexdigest() == _sum_file(library).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sum_file(library: Path) -> Path:
+    return library.with_name(library.name + ".sha256")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Raises OSError if it cannot be made, or if another process holds it for too long."""
+    with path.open("w") as lock:
+        deadline = time.monotonic() + _WAIT_SECONDS
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process holds it for too long") from None
+            if not told:
+                log.info("another process compiles the native CPU operations; waiting for it")
+                told = True
+            time.sleep(_LOOK_SECONDS)
+        yield
+
+
 def compile_to(
     target: Path, compiler: str = "g++", extra: tuple[str, ...] = (), progress: Progress | None = None
 ) -> None:
-    """Compile all sources for all instruction sets into the library `target`. Raises Unavailable if that fails.
+    """Compile all sources for all instruction sets into the library `target`, with its sha256 in a file beside it.
 
-    progress(done, total) is called at the start and after each file.
+    `compiler` may have arguments. progress(done, total) is called at the start and after each file. Raises Unavailable
+    if the compiler fails, OSError if the folder cannot be written to. Whatever ends this ends the compilers.
     """
-    scratch = target.with_suffix(f".{os.getpid()}")
-    scratch.mkdir()
+    children = Children()
+    words = shlex.split(compiler)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=_SCRATCH))
     torch_root = Path(torch.__file__).parent
     # The oldest torch whose stable ABI is used, so that one library serves it and all later ones.
     include = (f"-I{torch_root / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000")
@@ -126,7 +264,7 @@ def compile_to(
     def compile_one(job: tuple[str, tuple[str, ...]]) -> Path:
         name, arguments = job
         built = scratch / f"{name}.o"
-        _run([compiler, *_FLAGS, *extra, *arguments, "-c", "-o", str(built)])
+        _run(children, [*words, *_FLAGS, *extra, *arguments, "-c", "-o", str(built)])
         return built
 
     def tell(done: int) -> None:
@@ -135,23 +273,60 @@ def compile_to(
 
     try:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects: list[Path] = []
-            tell(0)
-            for built in pool.map(compile_one, jobs):
-                objects.append(built)
-                tell(len(objects))
+            try:
+                objects: list[Path] = []
+                tell(0)
+                for built in pool.map(compile_one, jobs):
+                    objects.append(built)
+                    tell(len(objects))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                children.stop()
+                raise
         library_path = scratch / "library.so"
         link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lpthread"]
-        _run([compiler, "-shared", *extra, "-o", str(library_path), *map(str, objects), *link])
-        library_path.rename(target)
+        _run(children, [*words, "-shared", *extra, "-o", str(library_path), *map(str, objects), *link])
+        _publish(library_path, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+def _publish(built: Path, target: Path) -> None:
+    """Complete and on disk, or not at all: the sum comes first, and nothing fits it until the library is there."""
+    built.chmod(0o644)
+    with built.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    written = built.with_name("sum")
+    written.write_text(digest + "\n")
+    written.rename(_sum_file(target))
+    built.rename(target)
+
+
+def _run(children: Children, command: list[str]) -> None:
+    try:
+        done = children.run(
+            command,
+            timeout=_COMPILE_SECONDS,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} did not end within {_COMPILE_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be run: {error.strerror or error}") from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise Unavailable(f"{command[0]} was ended by {name}; is memory short?")
     if done.returncode != 0:
-        raise Unavailable(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
+        said = done.stderr.strip()
+        log.debug("%s\n%s", shlex.join(command), said)
+        if os.strerror(errno.ENOSPC) in said:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        wrong = next((line for line in said.splitlines() if "error" in line), said[-500:])
+        raise Unavailable(f"{command[0]} failed: {wrong[:500]}")
 
 
 def _fingerprint(compiler: str) -> str:

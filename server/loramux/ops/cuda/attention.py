@@ -50,10 +50,13 @@ def _tile(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What a tile of ROWS x GROUP covers → sequence, its rows; then by lane: row, position, whether it is one.
+    """What a tile of ROWS x GROUP covers → sequence, its rows, the first lane's position; then by lane: row, position,
+    whether it is one.
 
     Sequence s has the tiles from query_starts[s] // ROWS + s to where the next one's begin: enough for its rows
-    wherever they start, and found without a table. Lanes that are none have position -1 and see nothing.
+    wherever they start, and found without a table. Lanes that are none have position -1 and see nothing. The first
+    lane's position, which is the lowest unless all are none, is no reduction over the lanes: triton 3.7 does not
+    pipeline a loop that begins at one.
     """
     sequence = 0
     for first in range(0, sequences, 128):
@@ -65,9 +68,11 @@ def _tile(
     stop = tl.load(query_starts + sequence + 1, mask=known, other=0)
     context = tl.load(context_lens + sequence, mask=known, other=0)
     lane = tl.arange(0, BLOCK_M)
-    row = start + (tile - start // ROWS - sequence) * ROWS + lane // GROUP
+    row0 = start + (tile - start // ROWS - sequence) * ROWS
+    row = row0 + lane // GROUP
     live = (lane < ROWS * GROUP) & (row < stop)
-    return sequence, stop - start, row, tl.where(live, context - stop + row, -1), live
+    past = context - stop
+    return sequence, stop - start, past + row0, row, tl.where(live, past + row, -1), live
 
 
 @triton.jit
@@ -373,7 +378,9 @@ def _prefill(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     _clear_rest(out, query_starts, sequences, rows, tile, kv_head, ROWS, GROUP, KV_HEADS, VALUE_DIM, BLOCK_M, BLOCK_V)
-    sequence, own, row, position, live = _tile(query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M)
+    sequence, own, oldest, row, position, live = _tile(
+        query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M
+    )
     live = live & (own >= fewest)
     if tl.max(live.to(tl.int32), 0) == 0:
         return
@@ -389,7 +396,6 @@ def _prefill(
         queries = queries.to(tl.float32)
     low = 0
     if WINDOW:
-        oldest = tl.min(tl.where(live, position, 0x7FFFFFFF), 0)
         low = tl.maximum(oldest - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     total, highest, weight = _walk(
         queries,
@@ -428,11 +434,10 @@ def _prefill(
 
 
 @triton.jit
-def _splits(position, live, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
+def _splits(oldest, position, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
     """The splits that a tile sees: the first, and where they end."""
     first = 0
     if WINDOW:
-        oldest = tl.min(tl.where(live, position, 0x7FFFFFFF), 0)
         first = tl.maximum(oldest - WINDOW + 1, 0) // SPLIT
     return first, tl.cdiv(tl.max(position, 0) + 1, SPLIT)
 
@@ -475,8 +480,8 @@ def _invariant(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
-    sequence, _, row, position, live = _tile(query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M)
-    first, stop = _splits(position, live, WINDOW, SPLIT)
+    sequence, _, oldest, row, position, live = _tile(query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M)
+    first, stop = _splits(oldest, position, WINDOW, SPLIT)
     if launched > 1:
         first += part
         stop = tl.minimum(stop, first + 1)
@@ -554,8 +559,8 @@ def _merge_parts(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     _clear_rest(out, query_starts, sequences, rows, tile, kv_head, ROWS, GROUP, KV_HEADS, VALUE_DIM, BLOCK_M, BLOCK_V)
-    _, _, row, position, live = _tile(query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M)
-    first, stop = _splits(position, live, WINDOW, SPLIT)
+    _, _, oldest, row, position, live = _tile(query_starts, context_lens, sequences, tile, ROWS, GROUP, BLOCK_M)
+    first, stop = _splits(oldest, position, WINDOW, SPLIT)
     lane = tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + lane % GROUP
     line = row.to(tl.int64) * (KV_HEADS * GROUP) + head
