@@ -112,6 +112,7 @@ class AdapterEntry:
     hosted          while it is in the host's memory only
     uses, worth     what the tiers count to choose whom to put out
     managed         found under a root, where it is looked after; others come and go by an operator's word
+    fixed           nothing but its digest will do: an adapters file says so
     irreplaceable   what is in memory cannot be read again: its files have changed
     read_as         what its files looked like (lora.scan) when they were read, or were to be
     warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
@@ -143,10 +144,11 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
-    warnings: tuple[str, ...] = ()
+    fixed: bool = False
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
     notice: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:
