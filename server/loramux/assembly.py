@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from loramux.cache import cache_root
 from loramux.config import Settings
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
@@ -28,7 +29,7 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
-from loramux.model.embedded import EMBEDDED, cache_root
+from loramux.model.embedded import EMBEDDED
 from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.tokenizer import IdsOnly

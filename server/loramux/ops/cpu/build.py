@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from loramux.cache import cache_root as _cache
 from loramux.children import Children
 from loramux.errors import StartupError
 
@@ -139,19 +140,18 @@ def library(progress: Progress | None = None) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler (install g++)")
-    target = _cache() / "native" / f"libloramux_cpu-{_fingerprint(compiler)}.so"
+    name = f"libloramux_cpu-{_fingerprint(compiler)}.so"
     try:
-        return _kept(target, compiler, progress)
+        return _kept(_cache() / "native" / name, compiler, progress)
     except OSError as error:
         log.warning(
-            "the cache folder %s cannot be used (%s): the native CPU operations are compiled for this process alone, "
-            "and again at every start; make the folder usable, or name another in LORAMUX_CACHE",
-            target.parent,
-            error.strerror or error,
+            "the cache folder cannot be used (%s): the native CPU operations are compiled for this process alone, and "
+            "again at every start; make the folder usable, or name another in LORAMUX_CACHE",
+            error,
         )
     alone: Path | None = None
     try:
-        alone = Path(tempfile.mkdtemp(prefix=_ALONE)) / target.name
+        alone = Path(tempfile.mkdtemp(prefix=_ALONE)) / name
         compile_to(alone, compiler, progress=progress)
     except BaseException as error:
         if alone is not None:
@@ -334,10 +334,6 @@ def _fingerprint(compiler: str) -> str:
     for source in sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("LORAMUX_CACHE") or Path.home() / ".cache" / "loramux")
 
 
 def _threads() -> int:
