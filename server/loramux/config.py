@@ -76,10 +76,13 @@ class Settings:
     admin_port: int = field(
         default=50052, metadata=_is(integer("PORT", 0, 65535), "Admin gRPC port; 0 takes a free one.")
     )
-    metrics_host: str = field(default="127.0.0.1", metadata=_is(text("HOST"), "Address of /metrics and /healthz."))
+    metrics_host: str = field(
+        default="127.0.0.1",
+        metadata=_is(text("HOST"), "Address of /metrics and of the probes /healthz, /readyz, /livez."),
+    )
     metrics_port: int = field(
         default=9400,
-        metadata=_is(integer("PORT", 0, 65535), "Port of /metrics and /healthz; 0 serves neither."),
+        metadata=_is(integer("PORT", 0, 65535), "Port of /metrics and of the probes; 0 serves neither."),
     )
     tls_cert: Path | None = field(
         default=None, metadata=_is(values.FILE, "PEM certificate chain; both gRPC ports then speak TLS.")

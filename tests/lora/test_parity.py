@@ -10,7 +10,7 @@ import torch
 from loramux.errors import InvalidAdapter
 from loramux.lora.adapter import Adapter
 from loramux.lora.peft_files import read_adapter
-from loramux.lora.roots import WEIGHTS_FILE
+from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
 from loramux.lora.snapshot import measure
 from loramux.ops.site import Site
 from peft import LoraConfig, MontecloraConfig, get_peft_model
@@ -120,6 +120,68 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_llama(tmp_path: Path, fields: dict[str, Any]) -> None:
     model = LlamaForCausalLM(LLAMA)
     sites = sites_of(model)
+    check_parity(randomized(model, **fields), tmp_path, sites)
+
+
+ANCHORED = {
+    "alpha_pattern": {r"^model\.layers\.[01]\.self_attn\.q_proj": 64},
+    "rank_pattern": {r"^model\.layers\.1\.self_attn\.q_proj": 5},
+    "exclude_modules": r"^model\.layers\.2\..*",
+    "target_modules": r"^model\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.up_proj)$",
+}
+# What came before, in or behind PEFT's prefix when the file was saved: the key as PEFT writes it → as it is there.
+REWRITTEN = {
+    "as PEFT writes it": ("", ""),
+    "compiled": ("base_model.", "_orig_mod.base_model."),
+    "DistributedDataParallel": ("base_model.", "module.base_model."),
+    "both": ("base_model.", "module._orig_mod.base_model."),
+    "Fabric": ("base_model.", "_forward_module.base_model."),
+    "the inner model compiled": ("base_model.model.", "base_model.model._orig_mod."),
+    "FSDP inside": ("base_model.model.", "base_model._fsdp_wrapped_module.model._fsdp_wrapped_module."),
+    "FSDP, every layer": (".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."),
+    "a layer compiled": (".mlp.", "._orig_mod.mlp."),
+    "a linear compiled": (".lora_", "._orig_mod.lora_"),
+    "multimodal, a tower inside": ("base_model.model.model.", "base_model.model.model.language_model."),
+    "multimodal, another name": ("base_model.model.model.", "base_model.model.model.text_model."),
+    "multimodal, around": ("base_model.model.model.", "base_model.model.language_model.model."),
+    "all together": ("base_model.model.model.", "module.base_model.model._orig_mod.model.language_model."),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), REWRITTEN.values(), ids=REWRITTEN.keys())
+def test_wrapped_keys_give_what_plain_ones_do(tmp_path: Path, old: str, new: str) -> None:
+    """A prefix that was left in the keys made anchored patterns miss: the wrong scale, in silence."""
+    model = LlamaForCausalLM(LLAMA)
+    sites = sites_of(model)
+    plain = check_parity(randomized(model, **ANCHORED), tmp_path, sites)
+    tensors = {key.replace(old, new, 1) if old else key: t for key, t in load_file(tmp_path / WEIGHTS_FILE).items()}
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    files = read_adapter(tmp_path, sites, limits=LIMITS)
+    wrapped = Adapter.build(files, sites, CPU, torch.float32)
+    assert files.warnings == ()
+    assert torch.equal(wrapped.offsets, plain.offsets)
+    assert torch.equal(wrapped.buffer, plain.buffer)
+
+
+@pytest.mark.parametrize("inner", ["_orig_mod.", "language_model."])
+def test_patterns_may_be_written_against_the_path_that_peft_saw(tmp_path: Path, inner: str) -> None:
+    """PEFT on a compiled or a multimodal model matches its patterns with the whole path in that."""
+    model = LlamaForCausalLM(LLAMA)
+    sites = sites_of(model)
+    plain = check_parity(randomized(model, **ANCHORED), tmp_path, sites)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    save_file({k.replace(".model.model.", f".model.{inner}model.", 1): t for k, t in tensors.items()}, tmp_path / "w")
+    (tmp_path / "w").rename(tmp_path / WEIGHTS_FILE)
+    config = (tmp_path / CONFIG_FILE).read_text()
+    (tmp_path / CONFIG_FILE).write_text(config.replace("^model", "^" + inner.replace(".", "\\\\.") + "model"))
+    wrapped = Adapter.build(read_adapter(tmp_path, sites, limits=LIMITS), sites, CPU, torch.float32)
+    assert torch.equal(wrapped.buffer, plain.buffer)
+
+
+def test_what_needs_tensors_of_its_own_and_has_none_is_what_peft_computes(tmp_path: Path) -> None:
+    """bias on a base without biases, and a head that a causal model does not have."""
+    sites = sites_of(model := LlamaForCausalLM(LLAMA))
+    fields: dict[str, Any] = {"bias": "all", "modules_to_save": ["classifier", "score"]}
     check_parity(randomized(model, **fields), tmp_path, sites)
 
 

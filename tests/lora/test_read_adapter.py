@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from loramux.errors import InvalidAdapter
 from loramux.lora import header, snapshot
+from loramux.lora.adapter import Adapter
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE
@@ -60,7 +62,7 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     "header of deep nesting": (raw(b'{"a":' + b"[" * 100_000), "not described"),
     "entry of deep nesting": (raw(b'{"a":{"b":' + b"[" * 100_000), "no end within"),
     "metadata of deep nesting": (raw(b'{"__metadata__":' + b"[" * 100_000), "__metadata__ is broken"),
-    "a name twice": (raw(b'{"a": {}, "a": {}}'), "twice"),
+    "a name twice": (raw(b'{"a": %s, "a": {}}' % json.dumps(entry([1], 0, 4)).encode()), "twice"),
     "no tensors": (raw({"__metadata__": {"format": "pt"}}), "no tensors"),
     "no tensors but bytes": (raw({}, b"1234"), "belong to no tensor"),
     "truncated": (raw(GOOD, b"\0" * 255), "cut off"),
@@ -373,6 +375,85 @@ def test_broken_tensors(
     tmp_path: Path, tensors: Callable[[], dict[str, Tensor]], fields: dict[str, object], says: tuple[str, ...]
 ) -> None:
     refused(write(tmp_path, tensors(), **fields), *says)
+
+
+def shares(**parts: int) -> dict[str, Tensor]:
+    """The first of so many parts of the tensors whose keys contain the name, cut as FSDP does: by rows."""
+    tensors = factors(*(site.name for site in SITES if "self_attn" in site.name), rank=4, bias=True)
+    for name, count in parts.items():
+        tensors = {k: t[: len(t) // count].contiguous() if name in k else t for k, t in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("names", [("lora_A",), ("lora_B.weight",), ("lora_B",), ("lora_A", "lora_B"), ("bias",)])
+def test_a_part_of_a_sharded_model_is_told(tmp_path: Path, names: tuple[str, ...], parts: int) -> None:
+    """ "Trained on another base" and "correct r" sent the user of an FSDP run the wrong way."""
+    folder = write(tmp_path, shares(**dict.fromkeys(names, parts)), r=4, lora_bias=True)
+    refused(folder, f"1/{parts} of", "FULL_STATE_DICT", "ZeRO-3")
+
+
+def test_a_smaller_rank_in_both_factors_is_no_shard(tmp_path: Path) -> None:
+    assert "shard" not in refused(write(tmp_path, factors(Q0, rank=2), r=4), "rank 2").message
+
+
+def test_one_adapter_for_two_towers_of_one_layer_is_refused(tmp_path: Path) -> None:
+    paths = (Q0.replace("model.", f"model.{tower}.", 1) for tower in ("language_model", "text_model"))
+    tensors = {k: t for path in paths for k, t in renamed(Q0, path).items()}
+    refused(write(tmp_path, tensors), "fit the same layer")
+
+
+def test_wrapped_and_plain_keys_of_one_layer_are_refused(tmp_path: Path) -> None:
+    tensors = factors(Q0) | {f"module.{key}": tensor for key, tensor in factors(Q0).items()}
+    refused(write(tmp_path, tensors), "same part")
+
+
+OTHER_KEYS = {
+    "flat_param": ("base_model.model._fsdp_wrapped_module._flat_param", "FULL_STATE_DICT"),
+    "MLX": (f"{Q0}.lora_a", "MLX"),
+    "torchtune": ("layers.0.attn.q_proj.lora_b.weight", "torchtune"),
+    "kohya": ("lora_unet_down_blocks_0_attentions_0.lora_down.weight", "kohya"),
+    "LoHa": (f"base_model.model.{Q0}.hada_w1_a", "LoHa"),
+    "prompt tuning": ("prompt_embeddings", "prompt tuning"),
+    "trainable tokens": ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "embedding"),
+}
+
+
+@pytest.mark.parametrize(("key", "says"), OTHER_KEYS.values(), ids=OTHER_KEYS.keys())
+def test_what_another_format_is_is_told(tmp_path: Path, key: str, says: str) -> None:
+    refused(write(tmp_path, {key: torch.ones(4, 4)}), key, says)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"lora_alpha": 1e38}, "once scaled"), ({"lora_alpha": 1e308}, "lora_alpha"), ({"lora_alpha": -1e38}, "scaled")],
+)
+def test_a_scale_that_overflows_is_refused(tmp_path: Path, fields: dict[str, object], says: str) -> None:
+    tensors = {key: tensor * 1e3 for key, tensor in factors(Q0).items()}
+    write(tmp_path, tensors, r=2, **fields)
+    with pytest.raises(InvalidAdapter, match=says):
+        placed(tmp_path)
+
+
+def placed(folder: Path) -> Adapter:
+    files = read_adapter(folder, SITES, limits=LIMITS)
+    return Adapter.build(files, SITES, torch.device("cpu"), torch.float32)
+
+
+def test_no_piece_of_a_header_is_longer_than_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parser in C gets holds the interpreter's lock: a header of 16 MiB in one piece took five seconds."""
+    lengths = []
+
+    class Counted(json.JSONDecoder):
+        def decode(self, s: str, *rest: Any) -> Any:
+            lengths.append(len(s))
+            return super().decode(s, *rest)
+
+    monkeypatch.setattr(header, "_DECODER", Counted(object_pairs_hook=list))
+    text = json.dumps({f"x{i}": entry([], 4 * i, 4 * i + 4) for i in range(5000)}).encode()
+    assert len(header.parse_header(text, 8 + len(text) + 20_000, LIMITS)) == 5000
+    assert len(lengths) == 5000
+    assert max(lengths) < 1024
 
 
 @pytest.mark.parametrize("rename", [("", ""), ("base_model.model.", ""), ("lora_A.weight", "lora_A.default.weight")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loramux.errors import InvalidRequest
+from loramux.errors import Cancelled, InvalidRequest
+from loramux.model import tokenizer as tokenizer_module
 from loramux.model.tokenizer import Tokenizer, _encode
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -279,3 +281,24 @@ def test_a_template_that_fails_is_the_requests_fault() -> None:
         with pytest.raises(InvalidRequest, match="template refuses"):
             Tokenizer(hf).encode_chat(turns("hi"))
     hf.chat_template = CHATML
+
+
+def test_a_template_that_does_not_end_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox bounds a range, not a range within a range."""
+    monkeypatch.setattr(tokenizer_module, "_RENDER_SECONDS", 0.05)
+    hf, _ = base("chatml")
+    loop = "{% for i in range(99999) %}" * 3 + "{% set x = i %}" + "{% endfor %}" * 3
+    hf.chat_template = loop
+    ours = Tokenizer(hf)
+    try:
+        with pytest.raises(InvalidRequest, match="takes more than"):
+            ours.encode_chat(turns("hi"))
+
+        def gone(tokens: int) -> None:
+            raise Cancelled("the client went away")
+
+        with pytest.raises(Cancelled):
+            ours.encode_chat(turns("hi"), gone)
+    finally:
+        hf.chat_template = CHATML
+    assert sys.gettrace() is None or "tokenizer" not in repr(sys.gettrace())

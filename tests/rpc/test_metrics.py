@@ -106,12 +106,18 @@ async def test_running_adapters_are_named_for_gateways(tmp_path: Path, free_port
         await stream.aclose()
 
 
+PROBES = ("/healthz", "/health", "/readyz")
+
+
 async def test_health_page_follows_the_server(tmp_path: Path, free_port: int) -> None:
     async with running(tmp_path, script=endless, metrics_port=free_port) as r:
-        assert await asyncio.to_thread(get, r.addresses.metrics, "/healthz") == (200, "ok\n")
+        for path in (*PROBES, "/livez"):
+            assert await asyncio.to_thread(get, r.addresses.metrics, path) == (200, "ok\n")
         assert (await asyncio.to_thread(get, r.addresses.metrics, "/"))[0] == 404
         r.engine.healthy = False
-        assert (await asyncio.to_thread(get, r.addresses.metrics, "/healthz"))[0] == 503
+        for path in PROBES:
+            assert await asyncio.to_thread(get, r.addresses.metrics, path) == (503, "not serving\n")
+        assert (await asyncio.to_thread(get, r.addresses.metrics, "/livez"))[0] == 200  # the process is there
     with pytest.raises(ConnectionRefusedError):
         get(r.addresses.metrics, "/healthz")
 

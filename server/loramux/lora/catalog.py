@@ -58,7 +58,6 @@ class Catalog:
         self._half: set[str] = set()
         self._changes: dict[str, _Change] = {}
         self._failed: dict[str, tuple[AdapterEntry, int]] = {}  # and looks since
-        self._kept: dict[str, str] = {}  # name → the warning that an older version serves on
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._taking: asyncio.Task[None] | None = None
@@ -246,8 +245,7 @@ class Catalog:
             f"serving: {error.message}"
         )
         self._told.tell(name, f"adapter {name!r}: {text}")
-        self._registry.replace_warning(current, self._kept.pop(name, ""), text)
-        self._kept[name] = text
+        self._registry.notice(current, text)
         if error.reason in _MAY_PASS or isinstance(error, Overloaded | DeadlineExceeded):
             change.failures += 1
             change.looks = -min(1 << change.failures, _LONGEST_PAUSE)
@@ -261,10 +259,9 @@ class Catalog:
         if change is not None:
             change.over.set()
         self._told.forget(name)
-        text = self._kept.pop(name, "")
         current = self._registry.find(name)
         if current is not None:
-            self._registry.replace_warning(current, text, "")
+            self._registry.notice(current, "")
             self._registry.mark_irreplaceable(current, False)
 
     # What requests wait for.

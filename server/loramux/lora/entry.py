@@ -109,7 +109,7 @@ class AdapterEntry:
     managed         found under a root, where it is looked after; others come and go by an operator's word
     irreplaceable   what is in memory cannot be read again: its files have changed
     read_as         what its files looked like (lora.scan) when they were read, or were to be
-    warnings        what an operator should know of it, in sentences
+    warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
     """
 
     name: str
@@ -136,9 +136,10 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
+    warnings: tuple[str, ...] = ()
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
-    warnings: tuple[str, ...] = ()
+    notice: str = ""
 
     @property
     def loading(self) -> bool:

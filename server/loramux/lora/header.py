@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from json.decoder import scanstring
 from typing import Any
@@ -23,8 +24,9 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_KEY = 192  # characters; module paths of real models stay below 128
 _MAX_DIMS = 8  # numbers of 48 bits each: their product stays cheap
 _MAX_ENTRY = 1024  # characters of the JSON that describes one tensor
-_MAX_METADATA = 1 << 20  # characters of __metadata__
+_MAX_METADATA = 1 << 18  # characters of __metadata__
 _SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder(object_pairs_hook=list)  # made once, which takes longer than to decode an entry
 START_BYTES = SIGNATURE_BYTES  # of the file are what header_length wants to see
 
 
@@ -62,9 +64,8 @@ def parse_header(header: bytes, file_bytes: int, limits: ReadLimits) -> tuple[Te
 
     Raises InvalidAdapter.
     """
-    fields = _load_json(header, limits)
     data = LENGTH_BYTES + len(header)
-    entries = sorted((_entry(key, value, data) for key, value in fields.items()), key=lambda e: (e.start, e.nbytes))
+    entries = sorted(_entries(header, data, limits), key=lambda e: (e.start, e.nbytes))
     end = data
     for entry in entries:
         if entry.start != end:
@@ -77,30 +78,31 @@ def parse_header(header: bytes, file_bytes: int, limits: ReadLimits) -> tuple[Te
     return tuple(entries)
 
 
-def _load_json(header: bytes, limits: ReadLimits) -> dict[str, Any]:
-    """The header's object without __metadata__.
+def _entries(header: bytes, data: int, limits: ReadLimits) -> Collection[TensorEntry]:
+    """The tensors that the JSON describes; `data` is where theirs begins.
 
-    Read entry by entry, each of bounded length: the parser in C holds the interpreter's lock, and a whole header of
-    16 MiB can take it five seconds.
+    Read and checked one by one, each of bounded length: the parser in C holds the interpreter's lock, and a whole
+    header of 16 MiB can take it five seconds.
     """
     try:
         text = header.decode("utf-8")
         at = _skip_space(text, 0)
         if text[at : at + 1] != "{":
             raise _corrupt("its header is not a JSON object")
-        fields: dict[str, Any] = {}
+        found: dict[str, TensorEntry] = {}
         metadata = False
         at = _skip_space(text, at + 1)
         while text[at : at + 1] != "}":
             name, at = _name(text, at)
-            if name in fields or (metadata and name == "__metadata__"):
+            if name in found or (metadata and name == "__metadata__"):
                 raise ValueError(f"the name {name[:64]!r} appears twice")
             if name == "__metadata__":
                 metadata = True
                 at = _skip_metadata(text, at)
             else:
-                fields[name], at = _described(text, at, name)
-                if len(fields) > limits.tensors:
+                described, at = _described(text, at, name)
+                found[name] = _entry(name, described, data)
+                if len(found) > limits.tensors:
                     raise _corrupt(f"has too many tensors; the limit is {limits.tensors}")
             at = _skip_space(text, at)
             if text[at : at + 1] == ",":
@@ -111,7 +113,7 @@ def _load_json(header: bytes, limits: ReadLimits) -> dict[str, Any]:
             raise ValueError(f"something follows its end at character {at}")
     except (ValueError, RecursionError) as error:
         raise _corrupt(f"its header is not valid JSON: {error}") from None
-    return fields
+    return found.values()
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -138,7 +140,7 @@ def _described(text: str, at: int, name: str) -> tuple[Any, int]:
     end = text.find("}", at, at + _MAX_ENTRY) + 1
     if not end:
         raise ValueError(f"what describes {name[:64]!r} has no end within {_MAX_ENTRY} characters")
-    pairs = json.loads(text[at:end], object_pairs_hook=list)
+    pairs = _DECODER.decode(text[at:end])
     described = dict(pairs)
     if len(described) != len(pairs):
         raise ValueError(f"a name appears twice in what describes {name[:64]!r}")

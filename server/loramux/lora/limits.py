@@ -16,7 +16,7 @@ class ReadLimits:
     rank          largest rank of one site (kernels have no limit; this one bounds time and memory)
     """
 
-    config_bytes: int = 1 << 20
+    config_bytes: int = 1 << 19
     header_bytes: int = 16 << 20
     file_bytes: int = 4 << 30
     tensors: int = 65_536

@@ -25,6 +25,7 @@ _MAX_PATTERNS = 4096
 _MAX_NAMED = 32  # unknown fields in one message
 Rank = Annotated[int, Field(ge=1, le=_MAX_WHOLE)]
 Alpha = Annotated[float, Field(allow_inf_nan=False, ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
+Names = Annotated[list[str], Field(fail_fast=True)]  # an error for each of 200,000 entries would take seconds to write
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the way.
@@ -98,10 +99,10 @@ class PeftConfig(BaseModel):
     init_lora_weights: bool | str | None = True
 
     # Honoured: what these leave out must not be in the file (lora.selection).
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    target_modules: Names | str | None = None
+    exclude_modules: Names | str | None = None
+    layers_to_transform: Annotated[list[int], Field(fail_fast=True)] | int | None = None
+    layers_pattern: Names | str | None = None
 
     # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and the
     # configs of an initialization stay in the file when the adapter was converted to plain LoRA.
@@ -124,9 +125,9 @@ class PeftConfig(BaseModel):
 
     # No effect without tensors of their own, which are refused where they are.
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: list[str] | None = None
+    modules_to_save: Names | None = None
     trainable_token_indices: Any = None
-    target_parameters: list[str] | None = None
+    target_parameters: Names | None = None
     velora_config: Any = None
     monteclora_config: Any = None
 

@@ -210,9 +210,10 @@ class AdapterRegistry:
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
         entry.mixable = loaded.mixable
-        if tuple(loaded.warnings) != entry.warnings:  # else it was read again, and they were told
-            entry.warnings = tuple(loaded.warnings)
-            for warning in entry.warnings:
+        warnings = (*loaded.warnings, *((entry.notice,) if entry.notice else ()))
+        if warnings != entry.warnings:  # else it was read again, and they were told
+            entry.warnings = warnings
+            for warning in loaded.warnings:
                 log.warning("adapter %r is served, but %s", entry.name, warning)
         entry.loaded_at = self._clock()
         if entry.state is not State.DRAINING:
@@ -321,11 +322,11 @@ class AdapterRegistry:
         """Whether what is in memory cannot be read again, because its files have changed."""
         entry.irreplaceable = irreplaceable
 
-    def replace_warning(self, entry: AdapterEntry, old: str, new: str) -> None:
-        """`new` in the place of `old` among what operators are told of an adapter; either may be empty, for none."""
-        warnings = (*(text for text in entry.warnings if text != old), *((new,) if new else ()))
-        if warnings != entry.warnings:
-            entry.warnings = warnings
+    def notice(self, entry: AdapterEntry, text: str) -> None:
+        """`text` (empty: nothing any more) about its folder is among what operators are told of an adapter."""
+        if text != entry.notice:
+            entry.warnings = (*(w for w in entry.warnings if w != entry.notice), *((text,) if text else ()))
+            entry.notice = text
             self._changed(entry)
 
     # Those who want to know.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import tokenizers
@@ -14,6 +18,7 @@ from loramux.model.control_tokens import ControlTokens
 AtLeast = Callable[[int], None]  # told how many tokens a text has at least, as that becomes known; raises to stop
 
 _PIECE = 32 << 10  # characters
+_RENDER_SECONDS = 5.0  # of the thread's own time; a thousand turns take some hundredths
 _LEAST_LONGEST = 16  # characters of the longest token, where a vocabulary is no measure: of bytes, say
 _COMPOSED = 4  # most characters that a normalizer makes one of: α and three marks
 # What a template raises on turns that it was not written for, beside its own errors.
@@ -79,8 +84,8 @@ class Tokenizer:
             raise InvalidRequest("chat", "this base model has no chat template; send `prompt` instead")
         contents = [turn["content"] for turn in messages]
         if not self._control.in_contents(contents):
-            return self._ids(self.backend, self._render(messages), False, at_least)
-        return self._ids(self._control.marked, self._marked(messages, contents), False, at_least)
+            return self._ids(self.backend, self._render(messages, at_least), False, at_least)
+        return self._ids(self._control.marked, self._marked(messages, contents, at_least), False, at_least)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 becomes U+FFFD."""
@@ -92,16 +97,17 @@ class Tokenizer:
         template = self._hf.chat_template
         return template if isinstance(template, str) else "".join((template or {}).values())
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _render(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast) -> str:
         try:
-            text: str = self._hf.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
-            )
+            with _interrupted(at_least):
+                text: str = self._hf.apply_chat_template(
+                    [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+                )
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
         return text
 
-    def _marked(self, messages: Sequence[Mapping[str, str]], contents: list[str]) -> str:
+    def _marked(self, messages: Sequence[Mapping[str, str]], contents: list[str], at_least: AtLeast) -> str:
         """The rendered conversation for `ControlTokens.marked`: marks where the template wrote control tokens.
 
         The template gets the contents with one character of each control token's text disguised, which it hands on
@@ -109,13 +115,13 @@ class Tokenizer:
         for "</think>": tokens that are not special are then left to it.
         """
         control = self._control
-        plain = self._render(messages)
+        plain = self._render(messages, at_least)
         masks = control.masks(plain, *contents)
         unmask = str.maketrans({mask: first for first, mask in masks.items()})
 
         def disguised(but: frozenset[str]) -> str:
             masked = control.disguise(contents, masks, but)
-            return self._render([{**m, "content": c} for m, c in zip(messages, masked, strict=True)])
+            return self._render([{**m, "content": c} for m, c in zip(messages, masked, strict=True)], at_least)
 
         text = disguised(frozenset())
         if text.translate(unmask) != plain:
@@ -136,6 +142,31 @@ class Tokenizer:
         for start in range(0, len(text), _PIECE):
             tokens += len(_encode(backend, text[start : start + _PIECE], False)) - self._longest
             at_least(tokens)
+
+
+@contextmanager
+def _interrupted(at_least: AtLeast) -> Iterator[None]:
+    """Before each line of a template's code, ask `at_least`, and raise InvalidRequest if it has run for too long.
+
+    The sandbox bounds a range, not loops within loops: a template could keep the thread for ever.
+    """
+    end = time.thread_time() + _RENDER_SECONDS
+
+    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+        at_least(0)
+        if time.thread_time() > end:
+            raise InvalidRequest("chat.messages", f"the base's chat template takes more than {_RENDER_SECONDS:g} s")
+        return on_line
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        return on_line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

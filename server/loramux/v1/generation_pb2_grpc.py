@@ -28,7 +28,8 @@ if _version_not_supported:
 class GenerationServiceStub:
     """Text generation on one resident base model, with an adapter per request.
 
-    Every error carries google.rpc.ErrorInfo {reason, domain "loramux", metadata} in its status details.
+    Every error carries google.rpc.ErrorInfo {reason, domain "loramux", metadata} in its status details. Its metadata hold
+    `request_id`: the request's own, else the call's `x-request-id`, else one made by the server; the log has the same.
     """
 
     def __init__(self, channel):
@@ -62,7 +63,8 @@ class GenerationServiceStub:
 class GenerationServiceServicer:
     """Text generation on one resident base model, with an adapter per request.
 
-    Every error carries google.rpc.ErrorInfo {reason, domain "loramux", metadata} in its status details.
+    Every error carries google.rpc.ErrorInfo {reason, domain "loramux", metadata} in its status details. Its metadata hold
+    `request_id`: the request's own, else the call's `x-request-id`, else one made by the server; the log has the same.
     """
 
     def Generate(self, request, context):
@@ -127,7 +129,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService:
     """Text generation on one resident base model, with an adapter per request.
 
-    Every error carries google.rpc.ErrorInfo {reason, domain "loramux", metadata} in its status details.
+    Every error carries google.rpc.ErrorInfo {reason, domain "loramux", metadata} in its status details. Its metadata hold
+    `request_id`: the request's own, else the call's `x-request-id`, else one made by the server; the log has the same.
     """
 
     @staticmethod

@@ -1,0 +1,233 @@
+"""What is served and hardly meant is told in a sentence; what is meant has none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loramux.errors import InvalidAdapter
+from loramux.lora.base import NOTHING_KNOWN, Base
+from loramux.lora.chat_template import own_chat_template
+from loramux.lora.peft_files import read_adapter
+from loramux.lora.snapshot import measure
+from torch import Tensor
+
+from tests.lora.folders import LIMITS, Q0, SITES, factors, write
+from tests.lora.test_read_adapter import run_advice
+
+ALL_Q = [site.name for site in SITES if site.name.endswith("q_proj")]
+
+
+def told(folder: Path, base: Base = NOTHING_KNOWN) -> tuple[str, ...]:
+    return read_adapter(folder, SITES, limits=LIMITS, base=base).warnings
+
+
+def zeroed(part: str, **kinds: bool) -> dict[str, Tensor]:
+    return {key: torch.zeros_like(t) if part in key else t for key, t in factors(*ALL_Q, **kinds).items()}
+
+
+def test_a_good_adapter_has_none(tmp_path: Path) -> None:
+    assert told(write(tmp_path, factors(*ALL_Q), base_model_name_or_path="acme/base"), Base("acme/base")) == ()
+
+
+NO_EFFECT: dict[str, tuple[dict[str, Tensor] | None, dict[str, Any]]] = {
+    "alpha 0": (None, {"lora_alpha": 0}),
+    "alpha_pattern 0": (None, {"alpha_pattern": {".*q_proj": 0}}),
+    "alpha too small for float32": (None, {"lora_alpha": 1e-60}),
+    "B zero": (zeroed("lora_B"), {}),
+    "A zero": (zeroed("lora_A"), {}),
+    "B and its bias zero": (zeroed("lora_B", bias=True), {"lora_bias": True}),
+}
+
+
+@pytest.mark.parametrize(("tensors", "fields"), NO_EFFECT.values(), ids=NO_EFFECT.keys())
+def test_no_effect(tmp_path: Path, tensors: dict[str, Tensor] | None, fields: dict[str, Any]) -> None:
+    (warning,) = told(write(tmp_path, tensors or factors(*ALL_Q), **fields))
+    assert "no effect" in warning
+
+
+def test_no_effect_in_some_layers(tmp_path: Path) -> None:
+    tensors = factors(*ALL_Q)
+    tensors[f"base_model.model.{Q0}.lora_B.weight"].zero_()
+    (warning,) = told(write(tmp_path, tensors))
+    assert "1 of 2 layers" in warning
+
+
+def test_a_bias_or_a_magnitude_has_an_effect(tmp_path: Path) -> None:
+    tensors = {k: torch.zeros_like(t) if "lora_A" in k else t for k, t in factors(*ALL_Q, bias=True).items()}
+    assert told(write(tmp_path / "bias", tensors, lora_bias=True)) == ()
+    assert told(write(tmp_path / "dora", zeroed("lora_B.weight", dora=True), use_dora=True)) == ()
+
+
+FEWER: dict[str, tuple[dict[str, Any], str]] = {
+    "a target without tensors": ({"target_modules": ["q_proj", "k_proj"]}, "(k_proj, q_proj;"),
+    "a layer without tensors": ({"target_modules": ["q_proj"]}, "for 1 of the 2 layers"),
+    "all-linear": ({"target_modules": "all-linear"}, "for 13 of the 14 layers"),
+    "a pattern": ({"target_modules": r".*\.[qv]_proj"}, "(q_proj, v_proj;"),
+    "not set": ({"target_modules": None}, "not set"),
+}
+
+
+@pytest.mark.parametrize(("fields", "says"), FEWER.values(), ids=FEWER.keys())
+def test_fewer_layers_than_the_config_selects(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    """PEFT warns of missing keys as well."""
+    (warning,) = told(write(tmp_path, factors(Q0), **fields))
+    assert says in warning
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "w1", "query_key_value"]},  # no layers of this base
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+        {"target_modules": r"language_model\.model\..*q_proj"},
+        {"target_modules": r"model\.layers.*q_proj"},
+    ],
+    ids=str,
+)
+def test_what_selects_no_more_than_there_is_has_no_warning(tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert told(write(tmp_path, factors(*ALL_Q, prefix="base_model.model.language_model."), **fields)) == ()
+
+
+def test_the_layers_that_are_missing_are_looked_for_under_the_paths_of_training(tmp_path: Path) -> None:
+    targets = r"language_model\.model\.layers\.\d+\.self_attn\.[qk]_proj"
+    (warning,) = told(write(tmp_path, factors(Q0, prefix="base_model.model.language_model."), target_modules=targets))
+    assert "for 3 of the 4 layers" in warning
+
+
+def test_patterns_that_match_nothing(tmp_path: Path) -> None:
+    (warning,) = told(write(tmp_path, factors(*ALL_Q), alpha_pattern={"^layers.0": 64, "q_proj": 8}))
+    assert "alpha_pattern has 1 patterns" in warning
+    assert "^layers.0" in warning
+
+
+@pytest.mark.parametrize(
+    ("named", "served", "other"),
+    [
+        ("acme/base-7b", "acme/other-7b", True),
+        ("acme/base-7b", "acme/base-7b", False),
+        ("unsloth/Base-7B-bnb-4bit", "acme/base-7b", False),
+        ("unsloth/llama-3-8b-Instruct-unsloth-bnb-4bit", "meta-llama/Meta-Llama-3-8B-Instruct", False),
+        ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", True),
+        ("/data/models/other", "acme/base-7b", False),
+        ("acme/other", "/data/models/base", False),
+        ("./runs/other", "acme/base-7b", False),
+        ("", "acme/base-7b", False),
+        (None, "acme/base-7b", False),
+        (["acme/other"], "acme/base-7b", False),
+    ],
+)
+def test_another_base_by_name(tmp_path: Path, named: object, served: str, other: bool) -> None:
+    warnings = told(write(tmp_path, factors(*ALL_Q), base_model_name_or_path=named), Base(served))
+    assert bool(warnings) is other
+    assert all("was trained on" in warning for warning in warnings)
+
+
+SWITCHES: dict[str, Any] = {
+    "modules_to_save": ["classifier", "score"],
+    "trainable_token_indices": {"embed_tokens": [1, 2]},
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "velora_config": {"num_groups": 4},
+    "monteclora_config": {"num_samples": 8},
+}
+
+
+@pytest.mark.parametrize("field", SWITCHES)
+def test_a_switch_without_its_tensors_is_plain_lora(tmp_path: Path, field: str) -> None:
+    (warning,) = told(write(tmp_path, factors(*ALL_Q), **{field: SWITCHES[field]}))
+    assert field in warning
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_bias_without_bias_tensors_is_plain_lora(tmp_path: Path, bias: str) -> None:
+    """PEFT writes none for a base without biases."""
+    assert told(write(tmp_path, factors(*ALL_Q), bias=bias)) == ()
+
+
+EMBEDDING = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+NORM = torch.ones(16)
+KNOWN = Base(dense={"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": NORM})
+
+
+def with_embedding(rows: Tensor, name: str = "model.embed_tokens") -> dict[str, Tensor]:
+    return factors(*ALL_Q) | {f"base_model.model.{name}.weight": rows.contiguous()}
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.embed_tokens.base_layer", "language_model.embed_tokens"])
+def test_a_saved_embedding_that_is_the_bases_is_left_out(tmp_path: Path, name: str) -> None:
+    write(tmp_path, with_embedding(EMBEDDING, name))
+    assert told(tmp_path, KNOWN) == ()
+    plain = write(tmp_path / "plain", factors(*ALL_Q))
+    assert measure(tmp_path, 4, LIMITS) == measure(plain, 4, LIMITS)
+
+
+@pytest.mark.parametrize("rows", [torch.cat([EMBEDDING, torch.randn(7, 16)]), EMBEDDING[:5]])
+def test_a_saved_embedding_of_another_length_is_told(tmp_path: Path, rows: Tensor) -> None:
+    (warning,) = told(write(tmp_path, with_embedding(rows)), KNOWN)
+    assert f"{len(rows)} rows and the base 9" in warning
+
+
+def test_a_saved_embedding_is_compared_in_the_precision_that_is_served(tmp_path: Path) -> None:
+    base = Base(dense={"model.embed_tokens.weight": EMBEDDING.bfloat16()})
+    assert told(write(tmp_path, with_embedding(EMBEDDING.bfloat16().float())), base) == ()
+
+
+@pytest.mark.parametrize("base", [KNOWN, NOTHING_KNOWN])
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        with_embedding(EMBEDDING + 1),
+        with_embedding(EMBEDDING[:, :8]),
+        with_embedding(torch.ones(9)),
+        with_embedding(NORM * 2, "model.norm"),
+        with_embedding(EMBEDDING, "lm_head"),
+    ],
+)
+def test_another_saved_tensor_is_refused_and_the_command_drops_it(
+    tmp_path: Path, tensors: dict[str, Tensor], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, tensors)
+    with pytest.raises(InvalidAdapter, match="drop it") as caught:
+        told(tmp_path, base)
+    run_advice(caught.value.message, tmp_path, monkeypatch)
+    assert told(tmp_path, base) == ()
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_a_chat_template_of_its_own_is_told(tmp_path: Path) -> None:
+    write(tmp_path, factors(*ALL_Q))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert told(tmp_path, Base(chat_template=f"{TEMPLATE}\r\n")) == ()
+    for base in (Base(chat_template="{{ messages }}"), NOTHING_KNOWN):
+        (warning,) = told(tmp_path, base)
+        assert "chat template of its own" in warning
+
+
+@pytest.mark.parametrize(
+    ("config", "template"),
+    [
+        ({"chat_template": TEMPLATE}, TEMPLATE),
+        ({"added_tokens": [{"content": "x"}], "chat_template": 'a "quoted"\n'}, 'a "quoted"\n'),
+        ({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": TEMPLATE}]}, TEMPLATE),
+        ({"chat_template": [{"name": "rag", "template": "r"}]}, None),
+        ({"chat_template": None}, None),
+        ({"chat_template": 5}, None),
+        ({"chat_template": [5]}, None),
+        ({}, None),
+    ],
+)
+def test_a_chat_template_in_the_tokenizers_config(tmp_path: Path, config: object, template: str | None) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert own_chat_template(tmp_path) == template
+
+
+def test_files_beside_an_adapter_that_cannot_be_read_do_no_harm(tmp_path: Path) -> None:
+    write(tmp_path, factors(*ALL_Q))
+    (tmp_path / "chat_template.jinja").mkdir()
+    (tmp_path / "tokenizer_config.json").write_bytes(b'{"chat_template": "\xff')
+    assert told(tmp_path) == ()
