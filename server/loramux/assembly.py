@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from loramux.cache import cache_root
+from loramux.checks import adapter_roots
 from loramux.config import Settings
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
@@ -20,7 +20,6 @@ from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.entry import LoadedAdapter
 from loramux.lora.folder import AdapterFolder
-from loramux.lora.hub import Hub
 from loramux.lora.in_base import AdapterInBase
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
@@ -73,7 +72,7 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
     merged = settings.merged
     merging: Callable[[Sequence[Site]], Delta] | None = None
     if merged is not None:
-        merging = partial(_delta, merged, _roots(settings))
+        merging = partial(_delta, merged, adapter_roots(settings)[0])
     try:
         loaded = load_model(
             settings.model,
@@ -112,11 +111,6 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
 def _delta(adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site]) -> Delta:
     """What `--merged` names."""
     return Delta([(read_adapter(roots.resolve(adapter.source or adapter.name), sites, limits=ReadLimits()), 1.0)])
-
-
-def _roots(settings: Settings) -> AdapterRoots:
-    hub = Hub(settings.adapter_hub, cache_root() / "hub", ReadLimits()) if settings.adapter_hub else None
-    return AdapterRoots(settings.adapter_dir, hub)
 
 
 def assemble(settings: Settings, loaded: LoadedModel) -> Application:
@@ -169,7 +163,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
 
     adapters = AdapterManager(
         registry,
-        _roots(settings),
+        adapter_roots(settings)[0],
         read_and_place,
         measure=lambda folder: 0 if loaded.merged is not None else measure(folder, model.dtype.itemsize, limits),
         limits=limits,
