@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -63,7 +64,8 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
                 loaded = prepare_model(settings, phases)
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except _Stopped:
-        console.print("Stopped while loading.")
+        tell = log.info if _only_json(settings, console) else console.print
+        tell("Stopped while loading.")
 
 
 def _leave(console: Console, number: int, frame: object) -> NoReturn:
@@ -101,12 +103,14 @@ async def _run(
         addresses = await _start(application, stop, console)
         reloads: set[asyncio.Task[None]] = set()
         loop.add_signal_handler(signal.SIGHUP, _on_hangup, application, reloads)
-        console.print(startup_table(application, addresses))
+        if not _only_json(settings, console):
+            console.print(startup_table(application, addresses))
         if ports_file is not None:
             _write(ports_file, addresses)
         seconds = time.monotonic() - started
-        log.info("ready after %.1f s", seconds)
-        console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
+        log.info("ready after %.1f s", seconds, extra=logs.fields(**asdict(addresses)))
+        if not _only_json(settings, console):
+            console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
         await _serve(application, stop, console)
     finally:
         await application.engine.stop()
@@ -131,10 +135,16 @@ async def _start(application: Application, stop: asyncio.Event, console: Console
 
 async def _serve(application: Application, stop: asyncio.Event, console: Console) -> None:
     await stop.wait()
-    timeout = application.settings.drain_timeout
-    console.print(f"Draining: running requests have {timeout:g} s.")
+    settings = application.settings
+    tell = log.info if _only_json(settings, console) else console.print
+    tell(f"Draining: running requests have {settings.drain_timeout:g} s.")
     cancelled = await application.server.drain()
-    console.print(f"Stopped; {cancelled} requests were cancelled.")
+    tell(f"Stopped; {cancelled} requests were cancelled.")
+
+
+def _only_json(settings: Settings, console: Console) -> bool:
+    """Whether standard error goes to what reads JSON, one object a line: nothing else belongs there then."""
+    return settings.log_format == logs.JSON and not console.is_terminal
 
 
 def _on_signal(stop: asyncio.Event, console: Console) -> None:

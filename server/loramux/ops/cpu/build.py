@@ -192,7 +192,7 @@ def _kept(target: Path, compiler: str, progress: Progress | None) -> Path:
 
 def _check_safe(folder: Path) -> None:
     """Raises PermissionError if anybody else could put a library into `folder`, or another folder in its place."""
-    for path in (folder, folder.parent):
+    for path in (folder, folder.parent, folder.resolve().parent):
         found = path.stat()
         if found.st_uid not in (0, os.geteuid()):
             raise PermissionError(errno.EPERM, f"{path} belongs to another user")
