@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from loramux.checks import adapter_roots
 from loramux.config import Settings
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
@@ -19,7 +20,6 @@ from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.entry import LoadedAdapter
 from loramux.lora.folder import AdapterFolder
-from loramux.lora.hub import Hub
 from loramux.lora.in_base import AdapterInBase
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
@@ -28,7 +28,7 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
-from loramux.model.embedded import EMBEDDED, cache_root
+from loramux.model.embedded import EMBEDDED
 from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.renderer import TemplateRenderer
@@ -73,7 +73,7 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
     merged = settings.merged
     merging: Callable[[Sequence[Site], Mapping[str, torch.Tensor]], Delta] | None = None
     if merged is not None:
-        merging = partial(_delta, merged, _roots(settings))
+        merging = partial(_delta, merged, adapter_roots(settings)[0])
     try:
         loaded = load_model(
             settings.model,
@@ -115,11 +115,6 @@ def _delta(
     """What `--merged` names."""
     folder = roots.resolve(adapter.source or adapter.name)
     return Delta([(read_adapter(folder, sites, limits=ReadLimits(), base=Base(dense=dense)), 1.0)])
-
-
-def _roots(settings: Settings) -> AdapterRoots:
-    hub = Hub(settings.adapter_hub, cache_root() / "hub", ReadLimits()) if settings.adapter_hub else None
-    return AdapterRoots(settings.adapter_dir, hub)
 
 
 def assemble(settings: Settings, loaded: LoadedModel) -> Application:
@@ -173,7 +168,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
 
     adapters = AdapterManager(
         registry,
-        _roots(settings),
+        adapter_roots(settings)[0],
         read_and_place,
         measure=lambda folder: 0 if loaded.merged is not None else measure(folder, model.dtype.itemsize, limits),
         limits=limits,

@@ -110,7 +110,10 @@ def _require_server() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print(Text.assemble(("error: ", "bold red"), sentence(message)), soft_wrap=True)
+    if logs.in_json() and not errors.is_terminal:
+        log.error(sentence(message))
+    else:
+        errors.print(Text.assemble(("error: ", "bold red"), sentence(message)), soft_wrap=True)
     raise SystemExit(1)
 
 
