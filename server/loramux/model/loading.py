@@ -188,7 +188,8 @@ def _eos_token_ids(source: TensorSource) -> frozenset[int]:
 
 def _context(source: TensorSource, wanted: int | None) -> int:
     names = ("max_position_embeddings", "seq_length", "n_positions")
-    own = next((n for n in (getattr(source.config, name, None) for name in names) if n), None)
+    given = (getattr(source.config, name, None) for name in names)
+    own = next((n for n in given if isinstance(n, int) and n > 0), None)
     if own is None:
         if wanted is None:
             raise UnsupportedModel(f"{source.name}: its config names no context length; give --max-context")
