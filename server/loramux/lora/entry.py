@@ -131,7 +131,6 @@ class AdapterEntry:
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
     site_count: int = 0
-    warnings: tuple[str, ...] = ()
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0

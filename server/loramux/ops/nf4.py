@@ -21,7 +21,7 @@ from torch import Tensor
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # At import it hands functions to torch.compile, which would load torch's compiler at every start and run a C++ compiler
 # for each new shape of a weight whose rows are no multiple of a block, while requests wait. Uncompiled they do as well.
-_compile, torch.compile = torch.compile, lambda function, **options: function
+_compile, torch.compile = torch.compile, lambda function, **options: function  # type: ignore[assignment]
 try:
     from bitsandbytes import functional as bnb
 finally:
