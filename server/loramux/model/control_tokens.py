@@ -20,6 +20,16 @@ from loramux.errors import InvalidRequest
 _PRIVATE = range(0xF0000, 0xFFFFE)  # supplementary private use: characters without case, class or meaning
 
 
+def control_texts(backend: tokenizers.Tokenizer, template: str, more: Iterable[str] = ()) -> list[str]:
+    """The texts of the control tokens; see ControlTokens."""
+    special = set(more)
+    return [
+        token.content
+        for token in backend.get_added_tokens_decoder().values()
+        if token.special or token.content in special or (token.content.strip() and token.content in template)
+    ]
+
+
 class ControlTokens:
     """The control tokens of a tokenizer, and a twin of it that knows them by other, unguessable names: their marks.
 
@@ -29,11 +39,8 @@ class ControlTokens:
     def __init__(self, backend: tokenizers.Tokenizer, template: str, more: Iterable[str] = ()) -> None:
         """`more`: texts of tokens that are special although the tokenizer does not say so."""
         added = list(backend.get_added_tokens_decoder().values())
-        special = {token.content for token in added if token.special} | set(more)
-        self.special = frozenset(special)
-        self._texts = [
-            t.content for t in added if t.content in special or (t.content.strip() and t.content in template)
-        ]
+        self.special = frozenset(token.content for token in added if token.special) | set(more)
+        self._texts = control_texts(backend, template, more)
         secret = secrets.token_hex(8)
         self._marks = {text: f"\U0010fffd{secret}.{i}\U0010fffd" for i, text in enumerate(self._texts)}
         self._prefixes = frozenset(text[:end] for text in self._texts for end in range(1, len(text)))
@@ -51,6 +58,11 @@ class ControlTokens:
         be written so."""
         before, after = self._around if add_special_tokens else ([], [])
         return [*before, *self._twin.encode(text), *after]
+
+    @property
+    def texts(self) -> list[str]:
+        """What they are."""
+        return self._texts
 
     def in_contents(self, contents: Sequence[str]) -> bool:
         """Whether one of them holds a control token's text, or ends with the beginning of one."""
