@@ -52,6 +52,11 @@ def configure(level: str, format: str = TEXT) -> None:
     sys.unraisablehook = _unraisable
 
 
+def in_json() -> bool:
+    """Whether `configure` was told to log JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
+
+
 def fields(**values: object) -> dict[str, Any]:
     """For `extra=`: named values of a record: name=value after the message in text, members in JSON."""
     return {_FIELDS: values}

@@ -47,6 +47,11 @@ class LoadedAdapter(Protocol):
     @property
     def site_count(self) -> int: ...
     @property
+    def chat_template(self) -> str | None:
+        """Its own, if messages for it are to be rendered with that."""
+        ...
+
+    @property
     def warnings(self) -> Sequence[str]:
         """Sentences about what can be served and is hardly meant."""
         ...
@@ -129,6 +134,7 @@ class AdapterEntry:
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
+    chat_template: str | None = None  # known once it is READY
     error: LoramuxError | None = None
     mixable: bool = True  # known once it is READY
     weights: Mapping[int, Any] | None = None

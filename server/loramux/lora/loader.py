@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
+from loramux.lora.chat_template import own_chat_template
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
@@ -103,6 +104,15 @@ class Loader:
     async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """Where its files are, if they may be read: what is registered has not been resolved yet."""
         return await self._workers.run(self._job(), self._roots.resolve, entry.source)
+
+    async def chat_template(self, entry: AdapterEntry) -> str | None:
+        """What lies beside its files, which have not been read yet; None if it cannot be: whoever loads it says so."""
+        job = self._job()
+        try:
+            folder = await self._workers.run(job, self._roots.resolve, entry.source)
+            return await self._workers.run(job, own_chat_template, folder)
+        except LoramuxError:
+            return None
 
     async def abort(self, name: str, error: LoramuxError) -> bool:
         """End the load of `name` that runs, if one does.

@@ -186,6 +186,13 @@ class AdapterManager:
         """The folder of its files. Raises what `load` raises for a source that may not be read or is not there."""
         return await self._loader.folder(entry)
 
+    async def chat_template(self, uid: str) -> str | None:
+        """The adapter's own template for messages, as it was loaded, or will be; None: the base's."""
+        entry = self.registry.by_uid(uid)
+        if entry is None or entry.loaded_at:
+            return None if entry is None else entry.chat_template
+        return await self._loader.chat_template(entry)
+
     def pin(self, name: str, pinned: bool) -> AdapterEntry:
         """Pin or unpin. Raises AdapterNotFound."""
         return self.registry.pin(name, pinned)

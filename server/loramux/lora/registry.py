@@ -79,6 +79,10 @@ class AdapterRegistry:
         near = self._near.of(name)
         return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
+    def by_uid(self, uid: str) -> AdapterEntry | None:
+        """The version, as long as there is anything of it."""
+        return self._entries.get(uid)
+
     def loading(self, name: str) -> AdapterEntry | None:
         """The load that runs for `name`: a first one or a replacement."""
         entry = self._replacing.get(name) or self._names.get(name)
@@ -214,6 +218,7 @@ class AdapterRegistry:
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
         entry.mixable = loaded.mixable
+        entry.chat_template = loaded.chat_template
         warnings = (*loaded.warnings, *((entry.notice,) if entry.notice else ()))
         if warnings != entry.warnings:  # else it was read again, and they were told
             entry.warnings = warnings
