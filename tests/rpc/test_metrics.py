@@ -90,6 +90,9 @@ async def test_counts_are_those_of_what_happened(tmp_path: Path, free_port: int)
         assert now["loramux_steps_total", labels()] > 0
         assert now["loramux_step_seconds_total", labels(part="forward")] > 0
         assert now["loramux_healthy", labels()] == 1
+        assert now["process_resident_memory_bytes", labels()] > 0
+        assert now["process_open_fds", labels()] > 0
+        assert {"version", "python"} in [set(dict(pairs)) for name, pairs in now if name == "loramux_build_info"]
         assert not any("no such name" in value for _, pairs in now for _, value in pairs)
         await r.admin.unload("a")
         await asyncio.sleep(0.5)  # counts may be that old

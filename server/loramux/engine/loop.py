@@ -87,7 +87,7 @@ class AsyncEngine:
         """See EngineClient."""
         try:
             stream = self._admit(request)
-        except LoramuxError:
+        except Exception:
             self._on_finish(request)
             raise
         try:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from loramux.errors import InvalidRequest
 from loramux.lora.folder import root_of
@@ -34,7 +35,7 @@ _CIRCLE = "is a link that leads in a circle"
 class Found:
     """An adapter folder, and what tells one version of its files from another: inode, size and times of both."""
 
-    root: Path
+    root: Path | None
     path: str
     identity: Identity
     device: int | None = field(default=None, compare=False)  # that the root was on
@@ -68,9 +69,15 @@ class _Unfit(Exception):
         self.half = half
 
 
-def scan(roots: Sequence[Path], before: Mapping[str, Found], changing: Set[str] = frozenset()) -> Look:
-    """Look at the roots; of one name in two the first root's folder counts. Of `changing` names all content is told."""
-    look = Look()
+def scan(
+    roots: Sequence[Path],
+    before: Mapping[str, Found],
+    changing: Set[str] = frozenset(),
+    followed: Mapping[str, str] = MappingProxyType({}),
+) -> Look:
+    """Look at the roots; of one name in two the first root's folder counts. Of `changing` names all content is told;
+    `followed` are name → path of folders elsewhere, which come before the roots' and are told whatever they hold."""
+    look = Look(found={name: Found(None, path, identity_of(path)) for name, path in followed.items()})
     for root in roots:
         try:
             device = os.stat(root).st_dev
@@ -143,14 +150,15 @@ def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[st
             if why is not None:
                 look.skipped[entry.name] = why
                 continue
+        path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
         if not folder:
             continue
         if entry.name.startswith(_CACHED):
-            snapshot = _snapshot(entry.path)
+            snapshot = _snapshot(path)
             if snapshot is not None:
                 yield entry.name.removeprefix(_CACHED), snapshot
         else:
-            yield entry.name, entry.path
+            yield entry.name, path
 
 
 def _snapshot(cached: str) -> str | None:
@@ -209,7 +217,7 @@ def _checked_identity(folder: str, roots: Sequence[Path]) -> Identity | None:
         except OSError as error:
             raise _Unfit(f"cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(status.st_mode):
-            raise _Unfit(f"has a {file} that is not a regular file")
+            raise _Unfit(f"has {file}, which is not a regular file")
         identity += _identity(status)
     if len(missing) == 2:
         return None
@@ -222,13 +230,13 @@ def _followed(path: str, roots: Sequence[Path]) -> os.stat_result:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise _Unfit(f"has a {os.path.basename(path)} that {_NOWHERE}", half=True) from None
+        raise _Unfit(f"has {os.path.basename(path)}, which {_NOWHERE}", half=True) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _Unfit(f"has a {os.path.basename(path)} that {_CIRCLE}") from None
+            raise _Unfit(f"has {os.path.basename(path)}, which {_CIRCLE}") from None
         raise
     if _leads_out(path, roots):
-        raise _Unfit(f"has a {os.path.basename(path)} that {_OUTSIDE}")
+        raise _Unfit(f"has {os.path.basename(path)}, which {_OUTSIDE}")
     return status
 
 

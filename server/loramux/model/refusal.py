@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from loramux.errors import LoramuxError, StartupError, UnsupportedModel
 
@@ -14,14 +14,7 @@ log = logging.getLogger(__name__)
 _LONGEST = 300  # characters of another library's message
 
 
-class Named(Protocol):
-    """A source that has been opened already."""
-
-    name: str
-
-
-_Source = TypeVar("_Source", bound="str | Named")
-_Options = ParamSpec("_Options")
+_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
@@ -48,15 +41,20 @@ def refusing(sentence: str, error_type: type[StartupError] = UnsupportedModel) -
         raise error_type(f"{sentence}: {summary(error)}") from error
 
 
-def refuse_by_name(
-    load: Callable[Concatenate[_Source, _Options], _Result],
-) -> Callable[Concatenate[_Source, _Options], _Result]:
-    """Decorates what loads a source: an exception that nobody foresaw is an UnsupportedModel which names the source."""
+def refuse_by_name(load: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorates what loads a `source`, its first argument: every UnsupportedModel names the source, and an exception
+    that nobody foresaw is one."""
 
     @functools.wraps(load)
-    def loading(source: _Source, *arguments: _Options.args, **options: _Options.kwargs) -> _Result:
+    def loading(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        source: Any = arguments[0] if arguments else options["source"]
         name = source if isinstance(source, str) else source.name
-        with refusing(f"{name}: this model cannot be loaded"):
-            return load(source, *arguments, **options)
+        try:
+            with refusing(f"{name}: this model cannot be loaded"):
+                return load(*arguments, **options)
+        except UnsupportedModel as error:
+            if error.message.startswith(name):
+                raise
+            raise UnsupportedModel(f"{name}: {error.message}") from error
 
     return loading
