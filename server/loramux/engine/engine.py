@@ -206,13 +206,13 @@ class Engine:
         """A snapshot; only this thread may take it, anyone may read it."""
         running: Counter[str] = Counter()
         waiting: Counter[str] = Counter()
+        active = {seq.group for seq in self.scheduler.running}
         for group in self._groups.values():
             names = [use.handle.name for use in group.uses] or [""]
-            (running if group.running else waiting).update(names)
-        num_running = sum(group.running for group in self._groups.values())
+            (running if group in active else waiting).update(names)
         return EngineStats(
-            running=num_running,
-            waiting=len(self._groups) - num_running,
+            running=len(active),
+            waiting=len(self._groups) - len(active),
             kv_blocks_used=self.kv.num_used,
             kv_blocks_total=self.kv.num_blocks,
             running_adapters=running,
