@@ -25,6 +25,7 @@ from loramux import __version__
 MAX_ADAPTER_LABELS = 256
 MIN_IDLE = 20
 OTHER_ADAPTERS = "_other"
+FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0)
 _ITL = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -114,6 +115,8 @@ class Metrics:
             "model_name",
             "finished_reason",
         )
+        for finished_reason in FINISHED_REASONS:  # there from the start: a rate needs a zero to begin at
+            self._success.labels(model_name=model, finished_reason=finished_reason)
         self._outcomes = counter(
             "loramux_request_outcomes",
             "Requests to generate, each counted once, when it ends, by the gRPC status that its caller got and why: "
@@ -191,7 +194,7 @@ class Metrics:
             self._adapters.add(name, requests=1)
 
     def left_the_engine(self, finished_reason: str) -> None:
-        """A request that the engine took has ended: with "stop", "length", "abort" or "error"."""
+        """A request that the engine took has ended, with one of FINISHED_REASONS."""
         self._success.labels(model_name=self._model, finished_reason=finished_reason).inc()
 
     def answered(self, *, total_seconds: float, queue_seconds: float, adapter_seconds: float | None) -> None:

@@ -187,7 +187,7 @@ class Engine:
             try:
                 tell()
             except Exception:  # a defect of the owner; the step's other requests must not suffer from it
-                log.exception("the owner of request %r could not be told of its end", group.request.request_id)
+                log.exception("the owner of request %r could not be told of its end", group.request.shown_id)
 
     def idle_seconds(self) -> float | None:
         """How long to sleep after a step that found nothing to do; None: until something is submitted."""
