@@ -38,13 +38,13 @@ def main() -> None:
 def _answer(request: dict[str, Any]) -> dict[str, str]:
     trial = request["messages"] is None
     try:
-        texts, _ = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[_TRIAL if trial else request["messages"]],
             chat_template=request["template"],
             add_generation_prompt=True,
             **request["special_tokens"],
         )
-        return {"text": "" if trial else texts[0]}
+        return {"text": "" if trial else rendered[0][0]}
     except TemplateSyntaxError as error:
         return {"error": f"is no template: {error.message} in line {error.lineno}"}
     except MemoryError:
