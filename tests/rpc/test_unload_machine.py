@@ -35,13 +35,13 @@ from loramux.lora.entry import AdapterEntry, Residency, State
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.roots import WEIGHTS_FILE
 
+from tests.patience import PATIENCE
 from tests.rpc.gates import GatedModel, GatedReader
 from tests.rpc.stack import Running, running, write_adapter
 
 SIZES = {"a": 10, "b": 20, "c": 30}
 VERSIONS = 3  # version v of an adapter has v more bytes than its first
 DEVICE, HOST = 45, 25  # a and b or a and c fit together, b and c never do
-PATIENCE = 10.0  # seconds until we say that something hangs
 TARGETS: dict[str, dict[str, Any]] = {
     "base": {},
     "a": {"adapter": "a"},
