@@ -250,6 +250,15 @@ def test_all_unknown_fields_are_named_at_once() -> None:
     assert "known_to_be_unused" not in caught.value.message
 
 
+def test_all_that_is_refused_is_named_at_once() -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(kasa_config={}, arrow_config={}, init_lora_weights="pissa", target_modules=["wte"], new_field=1)
+    assert all(
+        word in caught.value.message
+        for word in ("kasa_config", "arrow_config", "init_lora_weights", "target_modules", "new_field")
+    )
+
+
 def test_very_many_unknown_fields_are_one_short_message() -> None:
     with pytest.raises(InvalidAdapter, match="and 968 more") as caught:
         parse(**{f"field_{i}": "x" * 1000 for i in range(1000)})

@@ -38,7 +38,7 @@ def main() -> None:
 def _answer(request: dict[str, Any]) -> dict[str, str]:
     trial = request["messages"] is None
     try:
-        rendered: Any = render_jinja_template(
+        rendered: Any = render_jinja_template(  # the texts, and what else it is declared not to return
             conversations=[_TRIAL if trial else request["messages"]],
             chat_template=request["template"],
             add_generation_prompt=True,
