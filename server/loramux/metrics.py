@@ -25,6 +25,7 @@ from loramux import __version__
 MAX_ADAPTER_LABELS = 256
 MIN_IDLE = 20
 OTHER_ADAPTERS = "_other"
+FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0)
 _ITL = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -70,10 +71,12 @@ class Metrics:
     """Counts, and renders. Until a source is set, the snapshot is empty.
 
     Gateways scrape every 50 ms and want the snapshot as it is now. What is counted here is more text, so it is
-    rendered anew only when its age exceeds MIN_IDLE times what rendering took: at most 5 % of a core.
+    rendered anew only when its age exceeds MIN_IDLE times what rendering took: at most 5 % of a core. `clock` is in
+    seconds.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.registry = CollectorRegistry()
         self._live = CollectorRegistry()
         self._model = model
@@ -114,6 +117,8 @@ class Metrics:
             "model_name",
             "finished_reason",
         )
+        for finished_reason in FINISHED_REASONS:  # there from the start: a rate needs a zero to begin at
+            self._success.labels(model_name=model, finished_reason=finished_reason)
         self._outcomes = counter(
             "loramux_request_outcomes",
             "Requests to generate, each counted once, when it ends, by the gRPC status that its caller got and why: "
@@ -162,10 +167,10 @@ class Metrics:
 
     def _counted(self) -> bytes:
         with self._rendering:
-            started = time.monotonic()
+            started = self._clock()
             if started >= self._stale_at:
                 self._rendered = generate_latest(self.registry)
-                ended = time.monotonic()
+                ended = self._clock()
                 self._stale_at = ended + MIN_IDLE * (ended - started)
             return self._rendered
 
@@ -191,7 +196,7 @@ class Metrics:
             self._adapters.add(name, requests=1)
 
     def left_the_engine(self, finished_reason: str) -> None:
-        """A request that the engine took has ended: with "stop", "length", "abort" or "error"."""
+        """A request that the engine took has ended, with one of FINISHED_REASONS."""
         self._success.labels(model_name=self._model, finished_reason=finished_reason).inc()
 
     def answered(self, *, total_seconds: float, queue_seconds: float, adapter_seconds: float | None) -> None:

@@ -53,18 +53,14 @@ class Judge:
 
     source: TensorSource
     model: Any
-    rounded: Any  # the same in bfloat16: how far rounding alone moves a logit
 
-    def compare(self, prompt: list[int], answer: list[int]) -> tuple[int, float, float]:
-        """(tokens that are not float32's first choice, by how much its logit is below the first at worst, how far
-        transformers' own bfloat16 moves a logit at worst), every token judged after those that were served."""
-        ids = torch.tensor([prompt + answer[:-1]])
-        exact, coarse = (m(ids).logits[0, len(prompt) - 1 :].float() for m in (self.model, self.rounded))
-        chosen = torch.tensor(answer)[:, None]
-        gap = exact.amax(1) - exact.gather(1, chosen)[:, 0]
-        likely = exact.topk(20).indices
-        moved = (coarse - exact).gather(1, likely).abs().amax()
-        return int((gap > 0).sum()), float(gap.max()), float(moved)
+    def gaps(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """By how much each token's logit is below the first choice's, in units of bfloat16's last place there; every
+        token is judged after those that were served before it."""
+        logits = self.model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        first = logits.amax(1)
+        units = torch.exp2(first.abs().log2().floor() - 7)
+        return (first - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]) / units
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +88,7 @@ def judge() -> Judge:
     for name, parameter in model.named_parameters():
         if not name.endswith(sites):
             parameter.data = parameter.data.to(torch.bfloat16).float()
-    return Judge(source, model, dequantized_model(source, torch.bfloat16))
+    return Judge(source, model)
 
 
 @dataclass(frozen=True)
@@ -135,25 +131,20 @@ def test_prompts_are_the_tokens_of_the_files_tokenizer(served: Served, judge: Ju
 
 @pytest.mark.parametrize("name", ["", ADAPTER])
 def test_each_token_is_the_greedy_choice(name: str, served: Served, judge: Judge, adapters: Path) -> None:
-    """Within bfloat16: a token that is not the first choice is nearer to it than transformers' own rounding moves."""
+    """Or tied with it: within two units of bfloat16, in which both logits are rounded. Ties are rare."""
     tokenizer: Any = judge.source.tokenizer
-    answers = served.adapter if name else served.base
-    models = [judge.model, judge.rounded]
-    if name:
-        models = [PeftModel.from_pretrained(m, adapters / name, autocast_adapter_dtype=False) for m in models]
-        models[1].to(torch.bfloat16)
-    there = Judge(judge.source, *models)
-    total = 0
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = answer.completions[0].token_ids
+    model = PeftModel.from_pretrained(judge.model, adapters / name) if name else judge.model
+    ties = 0
+    for prompt, answer in zip(PROMPTS, served.adapter if name else served.base, strict=True):
+        ids = list(answer.completions[0].token_ids)
         assert len(ids) == TOKENS
-        other, gap, moved = there.compare(tokenizer(prompt).input_ids, list(ids))
-        total += other
-        print(f"{name or 'base'}: {other} of {TOKENS} tied, gap {gap:.3f}, bf16 moves {moved:.3f}: {answer.text!r}")
-        assert gap <= 2 * moved, prompt
+        gaps = Judge(judge.source, model).gaps(tokenizer(prompt).input_ids, ids)
+        tied = int((gaps > 0).sum())
+        print(f"\n{name or 'base'}: {tied} of {TOKENS} tied, by {float(gaps.max()):.2f} units: {answer.text!r}", end="")
+        assert float(gaps.max()) <= 2, prompt
         assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
-    assert total <= 0.03 * TOKENS * len(PROMPTS), "ties are rare"
+        ties += tied
+    assert ties <= 0.05 * TOKENS * len(PROMPTS)
     if name:
-        for model in models:
-            model.unload()
+        model.unload()
         assert sum(a.text != b.text for a, b in zip(served.base, served.adapter, strict=True)) >= 8

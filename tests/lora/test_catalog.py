@@ -539,6 +539,20 @@ async def test_what_cannot_be_served_is_told_and_blinds_nothing_else(
     await bench.ask("zzz")
 
 
+@pytest.mark.parametrize("make", [outside, file_outside, file_loop, file_nowhere, pipe, folder_as_file, half])
+async def test_what_is_served_and_becomes_unfit_serves_on(
+    bench: Bench, caplog: pytest.LogCaptureFixture, make: Callable[[Path], None]
+) -> None:
+    await bench.manager.start()
+    old = await bench.ask("a")
+    (bench.root / "a").rename(bench.root.parent / "aside")
+    make(bench.root / "a")
+    await bench.look(STILL + 3)
+    assert await bench.ask("a") == old
+    assert "goes on serving" in bench.registry.get("a").warnings[0]
+    assert caplog.text.count("goes on serving") == 1
+
+
 async def test_a_new_folder_is_not_told_while_its_other_file_is_on_its_way(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -705,3 +719,19 @@ def test_near_names_are_found_among_many_at_a_bounded_cost(monkeypatch: pytest.M
     with pytest.raises(AdapterNotFound):
         registry.get("customer-x")
     assert 0 < compared <= 128
+
+
+async def test_a_link_that_changes_while_it_is_looked_at_blinds_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.root / "b").symlink_to("a")
+    bench.reader.put("c", b"weights")
+
+    def vanishing(path: str) -> str:
+        raise FileNotFoundError(2, "it was a link when it was looked at", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loramux.lora.scan.os.path.realpath", vanishing)
+        await bench.manager.start()
+        await bench.look()
+    assert {"a", "c"} <= {entry.name for entry in bench.manager.list()}

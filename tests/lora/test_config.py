@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 
 import pytest
 from loramux.errors import InvalidAdapter
@@ -219,12 +218,9 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
         r"layers\.(?:1[0-9]|2[0-9])\..*_proj",
     ],
 )
-def test_patterns_that_people_write_are_fast(pattern: str) -> None:
+def test_patterns_that_people_write_are_taken(pattern: str) -> None:
     table = PatternTable.compile("rank_pattern", {pattern: 1})
-    start = time.perf_counter()
-    for _ in range(100):
-        table.find(["base.model.layers.27.self_attn.some_longer_name.q_projection"], 0)
-    assert time.perf_counter() - start < 1.0
+    assert table.find(["base.model.layers.27.self_attn.some_longer_name.q_projection"], 0) == 0
 
 
 def test_the_first_matching_pattern_decides() -> None:
@@ -287,10 +283,9 @@ def test_many_patterns_together_are_bounded() -> None:
         PatternTable.compile("rank_pattern", {f".*.*x{i}": 1 for i in range(1000)})
 
 
-def test_a_pattern_for_every_module_of_a_large_model_is_fast() -> None:
+def test_a_pattern_for_every_module_of_a_large_model_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """EVA writes one for each; compiling them anew for each module, as PEFT does, would take minutes."""
     modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(80) for name in "qkvogud"]
     table = PatternTable.compile("rank_pattern", {module: index + 1 for index, module in enumerate(modules)})
-    start = time.perf_counter()
+    monkeypatch.setattr("re._compile", lambda *given: pytest.fail("compiled again"))
     assert [table.find([module], 0) for module in modules] == list(range(1, len(modules) + 1))
-    assert time.perf_counter() - start < 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -168,7 +169,8 @@ def test_contents_without_control_tokens_are_as_transformers_has_them(name: str,
     want = hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert ours.encode_chat(messages) == want
     # Nor does it matter which way they take: the renamed copy is the same tokenizer.
-    marked = ours._marked(messages, contents, lambda tokens: None)
+    render = partial(ours._render, at_least=lambda tokens: None)
+    marked = tokenizer_module._marked(messages, contents, render, ours._control)
     assert ours._ids(ours._control.encode, marked, False, lambda tokens: None) == want
 
 

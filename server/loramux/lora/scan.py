@@ -81,7 +81,7 @@ def scan(
     for root in roots:
         try:
             device = os.stat(root).st_dev
-            for name, path in _folders(root, roots, look):
+            for name, path in _folders(root, roots, look, before):
                 _add(look, roots, Found(root, path, (), device), name, before)
         except OSError as error:
             look.unread[root] = error.strerror or str(error)
@@ -130,7 +130,7 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[str, str]]:
+def _folders(root: Path, roots: Sequence[Path], look: Look, before: Mapping[str, Found]) -> Iterator[tuple[str, str]]:
     """Name and path of each folder in `root`. Raises OSError if that cannot be listed."""
     if root.name.startswith(_CACHED) and (snapshot := _snapshot(str(root))) is not None:
         yield root.name.removeprefix(_CACHED), snapshot
@@ -139,6 +139,9 @@ def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[st
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         if entry.name.startswith("."):
+            continue
+        if entry.name in before and entry.is_symlink():  # what was served and leads elsewhere now has changed
+            yield entry.name, _real(entry.path)
             continue
         try:
             folder = entry.is_dir()
@@ -150,7 +153,7 @@ def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[st
             if why is not None:
                 look.skipped[entry.name] = why
                 continue
-        path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+        path = _real(entry.path) if entry.is_symlink() else entry.path
         if not folder:
             continue
         if entry.name.startswith(_CACHED):
@@ -187,8 +190,8 @@ def _add(look: Look, roots: Sequence[Path], place: Found, name: str, before: Map
             return
         check_name(name)
     except _Unfit as unfit:
-        # What is known stays known while it is written: reading it says what is wrong.
-        if name in before and unfit.half:
+        # What is known stays known: reading it says what is wrong.
+        if name in before:
             look.found[name] = replace(place, identity=identity_of(place.path))
             return
         look.skipped[name] = str(unfit)
@@ -241,10 +244,14 @@ def _followed(path: str, roots: Sequence[Path]) -> os.stat_result:
 
 
 def _leads_out(path: str, roots: Sequence[Path]) -> bool:
+    return root_of(Path(_real(path)), roots) is None
+
+
+def _real(path: str) -> str:
     try:
-        return root_of(Path(os.path.realpath(path)), roots) is None
+        return os.path.realpath(path)
     except OSError:  # it changes while it is looked at; opening checks again
-        return False
+        return path
 
 
 def _emptied(root: Path, look: Look, before: Mapping[str, Found]) -> bool:

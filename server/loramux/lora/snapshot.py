@@ -120,9 +120,9 @@ def _opened(folder: AdapterFolder | Path, limits: ReadLimits) -> Iterator[tuple[
             for file, was in zip((config, weights), before, strict=True):
                 if _identity(file) != was:
                     raise _changed(file)
-    except FileNotFoundError:  # the folder itself: `_open` tells of its files
+    except FileNotFoundError:
         raise InvalidAdapter(
-            CONFIG_FILE, f"{folder} has no {CONFIG_FILE}: it is there no more", reason="ADAPTER_FILES_MISSING"
+            str(folder), f"has no {CONFIG_FILE} any more: the folder is gone", reason="ADAPTER_FILES_MISSING"
         ) from None
     except OSError as error:
         raise InvalidAdapter(

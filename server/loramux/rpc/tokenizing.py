@@ -100,16 +100,21 @@ class _Worker:
     def __init__(self, name: str) -> None:
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
         self._serial = itertools.count()
+        self._closed = False
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, chars: int, work: Callable[[], list[int]]) -> Future[list[int]]:
         """What comes of `work`; may be cancelled until it has begun."""
         future: Future[list[int]] = Future()
-        self._jobs.put((chars, next(self._serial), work, future))
+        if self._closed:
+            future.cancel()
+        else:
+            self._jobs.put((chars, next(self._serial), work, future))
         return future
 
     def close(self) -> None:
-        """Cancel what waits; the thread ends after what it is at."""
+        """Cancel what waits and what comes; the thread ends after what it is at."""
+        self._closed = True
         self._jobs.put((-1, next(self._serial), None, Future()))
 
     def _run(self) -> None:

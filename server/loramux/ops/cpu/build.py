@@ -60,7 +60,7 @@ ISA_VARIABLE = "LORAMUX_ISA"
 
 _SCRATCH = ".compiling-"
 _ALONE = "loramux-native-"
-_COMPILE_SECONDS = 900.0  # for one file, on a slow and busy machine
+_COMPILE_SECONDS = 300.0  # for one file, on a slow and busy machine
 _WAIT_SECONDS = 3600.0  # for another process that compiles the same
 _LOOK_SECONDS = 0.2
 
