@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -22,10 +23,15 @@ from loramux.values import StartAdapter
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     folder = tmp_path / "root [bold]\x1b"
-    folder.mkdir()
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / "sql").mkdir(exist_ok=True)
-        (folder / "sql" / file).write_text("{}")
+    (folder / "sql").mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "sql" / "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    a = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
+    b = {"dtype": "F32", "shape": [4, 2], "data_offsets": [32, 64]}
+    header = json.dumps({f"{key}A.weight": a, f"{key}B.weight": b}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(64)
+    (folder / "sql" / "adapter_model.safetensors").write_bytes(content)
     return folder
 
 
@@ -78,11 +84,29 @@ def test_adapters(root: Path) -> None:
         (StartAdapter("sql", "hub:org/name@" + "0" * 40), "takes no adapters from a hub"),
     ):
         refused(sentence, adapter_dir=(root,), adapter=(adapter,))
+    for source, sentence in (
+        ("hub:org/name@main", "is not of the form hub:ORG/NAME@REVISION"),
+        ("hub:other/name@" + "0" * 40, "is not among the hub repositories"),
+    ):
+        refused(sentence, adapter=(StartAdapter("sql", source),), adapter_hub=("org/*",))
     refused("--merged sqk: ", adapter_dir=(root,), merged=StartAdapter("sqk"))
     refused(
         "--adapter: sql is given twice", adapter_dir=(root,), adapter=(StartAdapter("sql"), StartAdapter("sql", "sql"))
     )
     refused("without --adapter-dir", adapter=(StartAdapter("sql"),))
+
+
+def test_an_adapter_that_cannot_be_read_is_found_before_the_model_is(root: Path) -> None:
+    weights, config = root / "sql" / "adapter_model.safetensors", root / "sql" / "adapter_config.json"
+    content = weights.read_bytes()
+    for damaged in (b"", content[:9], content[:-1], b"version https://git-lfs.github.com/spec/v1\n"):
+        weights.write_bytes(damaged)
+        refused("--adapter sql: adapter_model.safetensors", adapter_dir=(root,), adapter=(StartAdapter("sql"),))
+    weights.unlink()
+    refused("--adapter sql: ", adapter_dir=(root,), adapter=(StartAdapter("sql"),))
+    weights.write_bytes(content)
+    config.write_text("{")
+    refused("--adapter sql: adapter_config.json", adapter_dir=(root,), adapter=(StartAdapter("sql"),))
 
 
 def test_models(tmp_path: Path) -> None:

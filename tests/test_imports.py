@@ -19,6 +19,7 @@ ROOMS = {
     "rpc": {"rpc", "http", "engine", "lora"},
 }
 EVERYONE = {
+    "cache",
     "children",
     "errors",
     "escaping",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from io import StringIO
 
 import pytest
+from loramux import logs
 from loramux.progress import Phases, bar
 from loramux.terminal import Terminal
 from rich.console import Console
@@ -32,6 +34,22 @@ def test_one_bar_at_a_time() -> None:
         assert [task.description for task in phases._bar.tasks] == ["Loading x"]
     assert not phases._bar.tasks
     assert "Loading x" in screen.getvalue()
+
+
+def test_log_lines_stand_above_a_bar_and_by_themselves_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were written into the bar's line, which is erased a moment later."""
+    screen = StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    handler = logs._StandardError()
+    logger = logging.Logger("x")
+    logger.addHandler(handler)
+    with Phases(terminal(screen)) as phases:
+        phases.begin("Opening z")
+        logger.warning("the cache is full")
+    assert "the cache is full\n" in screen.getvalue()
+    before = screen.getvalue()
+    logger.warning("y " * 80)
+    assert screen.getvalue() == before + "y " * 80 + "\n"
 
 
 def test_without_a_terminal_phases_are_log_lines(caplog: pytest.LogCaptureFixture) -> None:

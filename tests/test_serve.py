@@ -125,6 +125,22 @@ def test_phases_are_log_lines_without_a_terminal() -> None:
     assert lines[-1] == "error: x [/bold]\\x1b"
 
 
+def test_with_json_logs_every_line_is_json() -> None:
+    """The error at the end was not."""
+    for script in (
+        "raise ZeroDivisionError('a\\nb')",
+        "from loramux.errors import StartupError; raise StartupError('x')",
+    ):
+        status, said = ended(start(script, "--log-format", "json"))
+        assert status == 1
+        lines = [json.loads(line) for line in said.splitlines() if line != "loading"]
+        assert lines[-1]["level"] == "error"
+    child = start("time.sleep(600)", "--log-format", "json")
+    read_until(child, "loading")
+    child.send_signal(signal.SIGTERM)
+    assert json.loads(ended(child)[1].splitlines()[-1])["message"] == "Stopped while loading."
+
+
 def test_what_nobody_foresaw_is_one_sentence_too() -> None:
     status, said = ended(start("raise ZeroDivisionError('surprise')"))
     assert status == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from loramux.checks import adapter_roots
 from loramux.config import Settings
 from loramux.engine.loop import AsyncEngine
 from loramux.engine.request import Request
@@ -19,7 +20,6 @@ from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.entry import LoadedAdapter
 from loramux.lora.folder import AdapterFolder
-from loramux.lora.hub import Hub
 from loramux.lora.in_base import AdapterInBase
 from loramux.lora.limits import ReadLimits
 from loramux.lora.manager import AdapterManager
@@ -28,10 +28,11 @@ from loramux.lora.registry import AdapterRegistry
 from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
-from loramux.model.embedded import EMBEDDED, cache_root
+from loramux.model.embedded import EMBEDDED
 from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, load_model, pick_device
-from loramux.model.tokenizer import IdsOnly
+from loramux.model.renderer import TemplateRenderer
+from loramux.model.tokenizer import IdsOnly, Tokenizer
 from loramux.ops.cpu.build import wanted_isa
 from loramux.ops.site import Site
 from loramux.progress import Phases
@@ -70,9 +71,9 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
 
     phases.begin(f"Opening {settings.model}")
     merged = settings.merged
-    merging: Callable[[Sequence[Site]], Delta] | None = None
+    merging: Callable[[Sequence[Site], Mapping[str, torch.Tensor]], Delta] | None = None
     if merged is not None:
-        merging = partial(_delta, merged, _roots(settings))
+        merging = partial(_delta, merged, adapter_roots(settings)[0])
     try:
         loaded = load_model(
             settings.model,
@@ -108,14 +109,12 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
     return loaded
 
 
-def _delta(adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site]) -> Delta:
+def _delta(
+    adapter: StartAdapter, roots: AdapterRoots, sites: Sequence[Site], dense: Mapping[str, torch.Tensor]
+) -> Delta:
     """What `--merged` names."""
-    return Delta([(read_adapter(roots.resolve(adapter.source or adapter.name), sites, limits=ReadLimits()), 1.0)])
-
-
-def _roots(settings: Settings) -> AdapterRoots:
-    hub = Hub(settings.adapter_hub, cache_root() / "hub", ReadLimits()) if settings.adapter_hub else None
-    return AdapterRoots(settings.adapter_dir, hub)
+    folder = roots.resolve(adapter.source or adapter.name)
+    return Delta([(read_adapter(folder, sites, limits=ReadLimits(), base=Base(dense=dense)), 1.0)])
 
 
 def assemble(settings: Settings, loaded: LoadedModel) -> Application:
@@ -149,6 +148,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
     base = Base(
         settings.model if embedded is None else embedded.hub_id,
         None if loaded.tokenizer is None else loaded.tokenizer.chat_template,
+        _check_template(settings, loaded.tokenizer),
         model.dense_weights(),
     )
     read = _leaking if os.environ.get(LEAK_VARIABLE) == "adapters" else _plain
@@ -168,7 +168,7 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
 
     adapters = AdapterManager(
         registry,
-        _roots(settings),
+        adapter_roots(settings)[0],
         read_and_place,
         measure=lambda folder: 0 if loaded.merged is not None else measure(folder, model.dtype.itemsize, limits),
         limits=limits,
@@ -195,6 +195,14 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
 
 
 _leaked: list[Adapter] = []
+
+
+def _check_template(settings: Settings, tokenizer: Tokenizer | None) -> Callable[[str], None] | None:
+    """What checks templates of adapters, if they are used; the tokenizer renders them from now on."""
+    if tokenizer is None or not settings.adapter_chat_templates:
+        return None
+    tokenizer.renderer = TemplateRenderer(tokenizer.special_tokens)
+    return tokenizer.renderer.check
 
 
 def _plain(build: Callable[[], Adapter]) -> Adapter:

@@ -1,6 +1,6 @@
 """What can be told of the settings before anything is loaded: seconds after the start, not when a model is in memory.
 
-Nothing is read but small files. Imports no torch.
+Of files nothing is read but what is small: configs, headers, certificates. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from loramux.cache import cache_root
 from loramux.config import Settings
 from loramux.errors import LoramuxError, StartupError
 from loramux.lora.hub import PREFIX as HUB
+from loramux.lora.hub import Hub
+from loramux.lora.limits import ReadLimits
 from loramux.lora.manifest import read_manifest
 from loramux.lora.roots import AdapterRoots
+from loramux.lora.snapshot import measure
 from loramux.model.place import local_place
 
 _LONGEST_SOCKET_PATH = 107
@@ -56,7 +60,7 @@ def _check_adapters(settings: Settings) -> None:
     flag = "--adapter" if settings.merged is None else "--merged"
     names: set[str] = set()
     try:
-        roots = AdapterRoots(settings.adapter_dir)
+        roots, hub = adapter_roots(settings)
         roots.check()
     except ValueError as error:
         raise StartupError(f"--adapter-dir: {error}") from None
@@ -65,10 +69,11 @@ def _check_adapters(settings: Settings) -> None:
             raise StartupError(f"{flag}: {adapter.name} is given twice; give it once")
         names.add(adapter.name)
         source = adapter.source or adapter.name
-        if source.startswith(HUB) and settings.adapter_hub:
-            continue
         try:
-            roots.resolve(source)
+            if hub is not None and source.startswith(HUB):
+                hub.place(source)
+            else:
+                measure(roots.resolve(source), 2, ReadLimits())
         except LoramuxError as error:
             raise StartupError(f"{flag} {adapter.name}: {error.message}") from error
     if settings.adapters_file is not None and settings.merged is None:
@@ -76,6 +81,12 @@ def _check_adapters(settings: Settings) -> None:
             read_manifest(settings.adapters_file)
         except LoramuxError as error:
             raise StartupError(f"--adapters-file: {error.message}") from error
+
+
+def adapter_roots(settings: Settings) -> tuple[AdapterRoots, Hub | None]:
+    """Where adapters may come from, and the hub among it, if there is one."""
+    hub = Hub(settings.adapter_hub, cache_root() / "hub", ReadLimits()) if settings.adapter_hub else None
+    return AdapterRoots(settings.adapter_dir, hub), hub
 
 
 def _check_certificate(certificate: Path, key: Path) -> None:

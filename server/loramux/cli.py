@@ -74,7 +74,10 @@ def main() -> None:
     except StartupError as error:
         _fail(error.message)
     except LoramuxError as error:
-        _fail(f"{error.message} [{error.status} {error.reason}]")
+        request_id = error.metadata.get("request_id", "")
+        # By it an operator finds the rest in the server's log.
+        shown = f", request {request_id}" if request_id and error.status == "INTERNAL" else ""
+        _fail(f"{error.message} [{error.status} {error.reason}{shown}]")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -107,7 +110,10 @@ def _require_server() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print(Text.assemble(("error: ", "bold red"), sentence(message)), soft_wrap=True)
+    if logs.in_json() and not errors.is_terminal:
+        log.error(sentence(message))
+    else:
+        errors.print(Text.assemble(("error: ", "bold red"), sentence(message)), soft_wrap=True)
     raise SystemExit(1)
 
 

@@ -143,6 +143,13 @@ class Settings:
         default=None,
         metadata=_is(values.FOLDER, "Root under which MergeAdapter may write new folders; without it, it may not."),
     )
+    adapter_chat_templates: bool = field(
+        default=False,
+        metadata=_is(
+            values.SWITCH,
+            "Render messages for an adapter with the chat template in its folder, if it has one. Off: with the base's.",
+        ),
+    )
     adapter_memory: int = field(
         default=1 << 30, metadata=_is(values.SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
     )

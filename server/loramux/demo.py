@@ -23,6 +23,7 @@ from loramux.answers import Finished
 from loramux.client import AsyncClient
 from loramux.errors import StartupError
 from loramux.terminal import safe
+from loramux.values import ADAPTER_NAME
 
 BASE_PROMPTS = (
     "What is the capital of France?",
@@ -60,6 +61,7 @@ def run(model: str, adapter_dir: Path, console: Console) -> None:
     Raises StartupError if the server does not start or does not stop cleanly.
     """
     names = sorted(p.parent.name for p in adapter_dir.glob("*/adapter_config.json"))
+    names = [name for name in names if ADAPTER_NAME.fullmatch(name)]
     if not names:
         raise StartupError(f"{adapter_dir} holds no adapters; run the demo from a checkout, or give --adapter-dir")
     cases = [Case("", prompt) for prompt in BASE_PROMPTS]
@@ -112,7 +114,12 @@ def _examples(folder: Path) -> list[Case]:
     path = folder / "examples.json"
     if not path.is_file():
         return [Case(folder.name, BASE_PROMPTS[0])]
-    return [Case(folder.name, item["prompt"], item.get("answer")) for item in json.loads(path.read_text())]
+    try:
+        return [Case(folder.name, str(item["prompt"]), item.get("answer")) for item in json.loads(path.read_bytes())]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StartupError(
+            f'{path} is no list of {{"prompt": …, "answer": …}} ({type(error).__name__}: {error})'
+        ) from error
 
 
 async def _ask(target: str, cases: list[Case]) -> list[Answer]:

@@ -39,7 +39,7 @@ def configure(level: str, format: str = TEXT) -> None:
 
     Libraries that brought a handler of their own lose it. Warnings and what threads die of are logged as well.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(JsonFormatter() if format == JSON else TextFormatter())
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(level.upper())
@@ -50,6 +50,22 @@ def configure(level: str, format: str = TEXT) -> None:
     logging.captureWarnings(True)
     threading.excepthook = _thread_died
     sys.unraisablehook = _unraisable
+
+
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to what sys.stderr is now: while a progress bar is shown, to what prints above it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def in_json() -> bool:
+    """Whether `configure` was told to log JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
 
 
 def fields(**values: object) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from loramux.errors import AdapterUnavailable, InvalidAdapter
+from loramux.lora.base import Base
 from loramux.lora.delta import Delta
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.limits import ReadLimits
@@ -34,7 +35,7 @@ from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import TensorSource, open_source
 from loramux.model.surgery import place_sites
 from loramux.model.tensor_file import TensorFile
-from loramux.model.weights import WeightReader, buffers, parameters, rounded, untie
+from loramux.model.weights import StoredWeights, WeightReader, buffers, parameters, rounded, untie
 from loramux.new_folder import check_new, new_folder
 from loramux.ops.site import Site
 
@@ -77,7 +78,8 @@ def merge(
     skeleton = build_skeleton(copy.deepcopy(opened.config), target, "eager")
     linears = place_sites(skeleton)
     sites = [linear.site for linear in linears]
-    read = [_read(ingredient, sites) for ingredient in ingredients]
+    base = Base(dense=StoredWeights(WeightReader(opened, skeleton), skeleton, target))
+    read = [_read(ingredient, sites, base) for ingredient in ingredients]
     check_mix([Part(i.name, files.mixable, i.weight) for i, files in zip(ingredients, read, strict=True)])
     delta = Delta([(files, ingredient.weight) for files, ingredient in zip(read, ingredients, strict=True)])
     created = [m.site for m in linears if not m.has_bias and delta.bias(m.site) is not None]
@@ -104,8 +106,8 @@ def merge(
     return report
 
 
-def _read(ingredient: Ingredient, sites: Sequence[Site]) -> AdapterFiles:
-    files = read_adapter(ingredient.folder, sites, limits=ReadLimits())
+def _read(ingredient: Ingredient, sites: Sequence[Site], base: Base) -> AdapterFiles:
+    files = read_adapter(ingredient.folder, sites, limits=ReadLimits(), base=base)
     if ingredient.digest and files.digest != ingredient.digest:
         raise AdapterUnavailable(
             f"the files of adapter {ingredient.name!r} in {ingredient.folder} have changed since it was loaded; load "

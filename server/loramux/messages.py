@@ -40,8 +40,7 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
     """
     message = generation_pb2.GenerateRequest()
     put_input(message, prompt, given.get("messages"), given.get("token_ids"))
-    for name, weight in (given.get("mix") or {}).items():
-        message.mix.add(adapter=name, weight=weight)
+    _put_mix(message, given.get("mix"))
     for name, value in given.items():
         if name in ("messages", "token_ids", "mix") or value is None:
             continue
@@ -67,6 +66,8 @@ def put_input(
     if prompt is not None:
         _put(message, "prompt", "prompt", prompt)
     elif messages is not None:
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+            raise InvalidRequest("messages", f"must be a list of turns, got {_short(messages)}")
         message.chat.SetInParent()
         message.chat.messages.extend(_turn(turn, f"messages[{i}]") for i, turn in enumerate(messages))
     elif token_ids is not None:
@@ -82,6 +83,17 @@ def unload_request(
     if drain_timeout is not None:
         message.drain_timeout.FromNanoseconds(int(drain_timeout * 1e9))
     return message
+
+
+def _put_mix(
+    message: generation_pb2.GenerateRequest | adapters_pb2.MergeAdapterRequest, mix: Mapping[str, float] | None
+) -> None:
+    if not isinstance(mix, Mapping | None):
+        raise InvalidRequest("mix", f"must be a mapping of adapters' names to weights, got {_short(mix)}")
+    for i, (name, weight) in enumerate((mix or {}).items()):
+        part = message.mix.add()
+        _put(part, "adapter", f"mix[{i}].adapter", name)
+        _put(part, "weight", f"mix[{i}].weight", weight)
 
 
 def _turn(turn: object, where: str) -> generation_pb2.ChatMessage:
@@ -139,6 +151,8 @@ def _put(message: object, name: str, field: str, value: object) -> None:
             setattr(message, name, value)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(field, f"{_short(value)} cannot be sent: {error}") from None
+    except AttributeError:  # one value where several are asked for, or several for one
+        raise InvalidRequest(field, f"{_short(value)} cannot be sent: it is of another type") from None
 
 
 def _short(value: object) -> str:
@@ -233,8 +247,7 @@ def merge_request(
     if dtype not in ("bf16", "fp16", "fp32"):
         raise InvalidRequest("dtype", f"{dtype!r} is none of bf16, fp16 and fp32")
     message = adapters_pb2.MergeAdapterRequest(name=name, output=output, dtype=f"MERGE_DTYPE_{dtype.upper()}")
-    for adapter_name, weight in (mix or {}).items():
-        message.mix.add(adapter=adapter_name, weight=weight)
+    _put_mix(message, mix)
     return message
 
 

@@ -9,19 +9,23 @@ of HTTP, gRPC, the engine or the adapter registry: `rpc.telemetry` connects them
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from loramux import __version__
+
 MAX_ADAPTER_LABELS = 256
 MIN_IDLE = 20
 OTHER_ADAPTERS = "_other"
+FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0)
 _ITL = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -67,10 +71,12 @@ class Metrics:
     """Counts, and renders. Until a source is set, the snapshot is empty.
 
     Gateways scrape every 50 ms and want the snapshot as it is now. What is counted here is more text, so it is
-    rendered anew only when its age exceeds MIN_IDLE times what rendering took: at most 5 % of a core.
+    rendered anew only when its age exceeds MIN_IDLE times what rendering took: at most 5 % of a core. `clock` is in
+    seconds.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.registry = CollectorRegistry()
         self._live = CollectorRegistry()
         self._model = model
@@ -81,6 +87,10 @@ class Metrics:
         self._rendering = threading.Lock()
         self._rendered = b""
         self._stale_at = 0.0
+
+        ProcessCollector(registry=self.registry)
+        build = Info("loramux_build", "What runs here.", registry=self.registry)
+        build.info({"version": __version__, "python": platform.python_version()})
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=self.registry)
@@ -107,10 +117,13 @@ class Metrics:
             "model_name",
             "finished_reason",
         )
+        for finished_reason in FINISHED_REASONS:  # there from the start: a rate needs a zero to begin at
+            self._success.labels(model_name=model, finished_reason=finished_reason)
         self._outcomes = counter(
             "loramux_request_outcomes",
             "Requests to generate, each counted once, when it ends, by the gRPC status that its caller got and why: "
-            "stop or length for a whole answer, else the error's reason. Refused requests count too.",
+            "stop or length for a whole answer, else the error's reason. Refused requests count too, but for messages "
+            "so large that gRPC refuses them unseen.",
             "status",
             "reason",
         )
@@ -130,7 +143,9 @@ class Metrics:
             "loramux_request_adapter_load_seconds", "Waiting for the adapter's weights, of whole answers.", _TTFT
         )
         self._rejected = counter(
-            "loramux_requests_failed", "RPCs of any service that ended with an error, by its reason.", "reason"
+            "loramux_requests_failed",
+            "RPCs of any service that the server ended with an error, by its reason. Not what callers cancelled.",
+            "reason",
         )
         self._load_seconds = histogram(
             "loramux_adapter_load_seconds", "Reading, validating and placing an adapter.", _TTFT
@@ -152,10 +167,10 @@ class Metrics:
 
     def _counted(self) -> bytes:
         with self._rendering:
-            started = time.monotonic()
+            started = self._clock()
             if started >= self._stale_at:
                 self._rendered = generate_latest(self.registry)
-                ended = time.monotonic()
+                ended = self._clock()
                 self._stale_at = ended + MIN_IDLE * (ended - started)
             return self._rendered
 
@@ -181,7 +196,7 @@ class Metrics:
             self._adapters.add(name, requests=1)
 
     def left_the_engine(self, finished_reason: str) -> None:
-        """A request that the engine took has ended: with "stop", "length", "abort" or "error"."""
+        """A request that the engine took has ended, with one of FINISHED_REASONS."""
         self._success.labels(model_name=self._model, finished_reason=finished_reason).inc()
 
     def answered(self, *, total_seconds: float, queue_seconds: float, adapter_seconds: float | None) -> None:

@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -48,6 +49,8 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
     Call it in the main thread. Raises StartupError if anything is not as it must be; nothing listens then.
     """
     started = time.monotonic()
+    if settings.log_format == logs.JSON:  # whoever reads the lines reads nothing else: all is told by them
+        console = Console(quiet=True, force_terminal=False)
     try:
         for number in _SIGNALS:
             signal.signal(number, partial(_leave, console))
@@ -63,7 +66,7 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
                 loaded = prepare_model(settings, phases)
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except _Stopped:
-        console.print("Stopped while loading.")
+        _tell(console, "Stopped while loading.")
 
 
 def _leave(console: Console, number: int, frame: object) -> NoReturn:
@@ -78,7 +81,7 @@ def _leave(console: Console, number: int, frame: object) -> NoReturn:
 
 def _give_up(console: Console) -> None:
     console.show_cursor()  # which a bar hides
-    console.print("Stopped while loading.")
+    _tell(console, "Stopped while loading.")
     os._exit(0)
 
 
@@ -105,7 +108,8 @@ async def _run(
         if ports_file is not None:
             _write(ports_file, addresses)
         seconds = time.monotonic() - started
-        log.info("ready after %.1f s", seconds)
+        where = {name: address for name, address in asdict(addresses).items() if address}
+        log.info("ready after %.1f s", seconds, extra=logs.fields(model=application.settings.model, **where))
         console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
         await _serve(application, stop, console)
     finally:
@@ -132,14 +136,21 @@ async def _start(application: Application, stop: asyncio.Event, console: Console
 async def _serve(application: Application, stop: asyncio.Event, console: Console) -> None:
     await stop.wait()
     timeout = application.settings.drain_timeout
-    console.print(f"Draining: running requests have {timeout:g} s.")
+    _tell(console, f"Draining: running requests have {timeout:g} s.")
     cancelled = await application.server.drain()
-    console.print(f"Stopped; {cancelled} requests were cancelled.")
+    _tell(console, f"Stopped; {cancelled} requests were cancelled.")
+
+
+def _tell(console: Console, text: str) -> None:
+    if console.quiet:
+        log.info("%s", text)
+    else:
+        console.print(text)
 
 
 def _on_signal(stop: asyncio.Event, console: Console) -> None:
     if stop.is_set():
-        console.print("Second signal: leaving now.")
+        _tell(console, "Second signal: leaving now.")
         os._exit(1)
     stop.set()
 

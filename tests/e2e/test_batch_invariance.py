@@ -128,37 +128,33 @@ def test_alone_is_not_all_the_same(requests: list[Request], alone: dict[str, Ans
     assert all(len(logprobs) == 3 * len(ids) for ids, logprobs in alone.values())
 
 
-@pytest.mark.parametrize("tokens", [16, 37])
-def test_in_random_company_and_chunks(
-    loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer], tokens: int
-) -> None:
-    """Requests come a few at a time; the smaller the token budget, the more chunks a prompt is cut into."""
-    choose = random.Random(tokens)
-    run = Run(loaded, 512, prefix_caching=False, rows=16, tokens=tokens)
+def submit_in_company(run: Run, requests: list[Request], seed: int) -> None:
+    """They come a few at a time, in any order, while others are at work; to the end of the last."""
+    choose = random.Random(seed)
     waiting = choose.sample(requests, len(requests))
     while waiting:
         for _ in range(min(len(waiting), choose.randint(0, 3))):
             run.submit(waiting.pop())
         run.engine.step()
     run.finish()
-    assert different(run, requests, alone) == []
 
 
-def test_preempted_and_computed_again(loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]) -> None:
-    run = Run(loaded, 14, prefix_caching=False, rows=12, tokens=64)
-    for request in sorted(requests, key=lambda r: -r.sampling.max_new_tokens):
-        run.submit(request)
-    run.finish()
+def test_in_company_in_chunks_and_preempted(
+    loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]
+) -> None:
+    """The KV cache is too small for them, so some are put back and computed again."""
+    run = Run(loaded, 14, prefix_caching=False, rows=12, tokens=16)
+    submit_in_company(run, requests, seed=16)
     assert run.engine.stats().preemptions > 0
     assert different(run, requests, alone) == []
 
 
-def test_from_the_prefix_cache(loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]) -> None:
+def test_in_company_in_other_chunks_and_from_the_prefix_cache(
+    loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]
+) -> None:
     """Once to fill the cache, then in another order to read from it."""
-    run = Run(loaded, 2048, prefix_caching=True, rows=16, tokens=96)
-    for request in requests:
-        run.submit(request)
-    run.finish()
+    run = Run(loaded, 2048, prefix_caching=True, rows=16, tokens=37)
+    submit_in_company(run, requests, seed=37)
     assert different(run, requests, alone) == []
     before = run.engine.stats().prefix_hit_tokens
     for request in random.Random(1).sample(requests, len(requests)):

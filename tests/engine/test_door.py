@@ -105,7 +105,7 @@ def test_bad_request_is_refused_by_field(field: str, knobs: dict[str, Any]) -> N
         {"max_new_tokens": 2**32 - 1, "min_new_tokens": 2**32 - 1},  # bounded by the context, not refused
         {"repetition_penalty": 10.0, "frequency_penalty": -2.0, "presence_penalty": 2.0, "top_logprobs": 20},
         {"logit_bias": {99: 100.0, 0: -100.0}, "stop": ("x" * 256,) * 16, "temperature": 3.4e38},
-        {"temperature": 5e-324, "min_p": 5e-324, "top_p": 5e-324, "repetition_penalty": 1e-6},
+        {"temperature": 5e-324, "min_p": 5e-324, "top_p": 5e-324, "repetition_penalty": 2.0**-20},
         {"stop_token_ids": frozenset(range(64)), "top_p": 1e-9},
     ],
 )

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -231,6 +232,18 @@ async def test_bad_request_is_refused_at_the_door_and_its_lease_given_back() -> 
         await server.assert_baseline(r)
 
 
+async def test_a_defect_in_the_checks_keeps_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serve() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "check", lambda engine, r: 1 / 0)
+            bad = request([1])
+            with pytest.raises(ZeroDivisionError):
+                await server.answer(bad)
+        good = request([2])
+        assert await server.answer(good) == expected([2])
+        await server.assert_baseline(bad, good)
+
+
 async def test_request_that_can_never_fit_is_refused() -> None:
     async with serve(blocks=4) as server:
         assert server.engine.limits.max_context == 16
@@ -270,6 +283,31 @@ async def test_failed_load_is_raised_to_each_reader() -> None:
         server.engine.wake()
         assert await asyncio.gather(*tasks) == [broken.error] * 3
         await server.assert_baseline(*requests)
+
+
+async def test_a_flood_of_requests_is_taken_in_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the engine's thread a moment; those who stream do not wait for all of them."""
+    taken: list[int] = []
+    plain = Engine.prepare
+
+    def counting(engine: Engine) -> Batch | None:
+        taken.append(len(engine._groups) + engine._finished)
+        return plain(engine)
+
+    monkeypatch.setattr(Engine, "prepare", counting)
+    async with serve(gated=True, max_batch_rows=8, max_queue=1000) as server:
+        first = request([0], max_new_tokens=100)
+        flood = [request([i % 250], max_new_tokens=1) for i in range(300)]
+        tasks = [asyncio.create_task(server.answer(first))]
+        server.model.permits.release()
+        await server.until(lambda: server.engine.stats().running == 1)
+        tasks += [asyncio.create_task(server.answer(r)) for r in flood]
+        await server.until(lambda: len(server.engine._inbox) == 300)
+        server.model.open()
+        await asyncio.gather(*tasks)
+        steps = [later - earlier for earlier, later in pairwise(taken)]
+        assert max(steps) == 64
+        await server.assert_baseline(first, *flood)
 
 
 class Waits(threading.Event):

@@ -212,6 +212,12 @@ def _server() -> Iterator[_Server]:
     over = asyncio.Event()
     found: list[Any] = []
 
+    def run(folder: Path) -> None:
+        try:
+            asyncio.run(hold(folder))
+        finally:
+            ready.set()  # also if it could not be started: nobody must wait for it
+
     async def hold(folder: Path) -> None:
         roots = folder / "adapters"
         for name in ("good", "other", "kept"):
@@ -224,7 +230,7 @@ def _server() -> Iterator[_Server]:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        thread = threading.Thread(target=lambda: (asyncio.run(hold(folder)), ready.set()))
+        thread = threading.Thread(target=run, args=(folder,))
         thread.start()
         stack.callback(thread.join)
         ready.wait()

@@ -25,6 +25,7 @@ class FakeAdapter:
     target_modules: tuple[str, ...] = ("q_proj",)
     site_count: int = 1
     warnings: tuple[str, ...] = ()
+    chat_template: str | None = None
     mixable: bool = True
 
     @property

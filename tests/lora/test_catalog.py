@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter
+from loramux.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapter, LoramuxError
 from loramux.lora.catalog import Catalog
 from loramux.lora.entry import AdapterEntry, Lease, State
 from loramux.lora.folder import AdapterFolder
@@ -298,6 +298,28 @@ async def test_a_defect_is_told_and_tried_again_after_a_while(bench: Bench, capl
     assert await bench.ask("a")
 
 
+async def test_who_asks_learns_no_path_of_the_server(bench: Bench) -> None:
+    """Operators do."""
+    await bench.manager.start()
+    bench.reader.put("out", b"weights")
+    await bench.look()
+    (bench.root / "a" / WEIGHTS_FILE).unlink()
+    (bench.root / "out" / WEIGHTS_FILE).unlink()
+    (bench.root / "out" / WEIGHTS_FILE).symlink_to(bench.root.parent / "secret")
+    bench.reader.error = InvalidAdapter(str(bench.root / "a"), f"is in {bench.root}")
+    for name in ("a", "a", "out", "out"):
+        asked = asyncio.create_task(bench.ask(name))
+        await bench.look(STILL)
+        with pytest.raises(LoramuxError) as caught:
+            await asked
+        told = f"{caught.value.message} {caught.value.metadata}"
+        assert str(bench.root) not in told
+        assert name in told
+        error = bench.registry.get(name).error
+        assert error is not None
+        assert str(bench.root) in error.message
+
+
 async def test_a_takeover_that_may_work_later_is_tried_again(bench: Bench) -> None:
     await bench.manager.start()
     old = await bench.ask("a")
@@ -345,7 +367,7 @@ async def test_a_folder_that_is_away_for_a_look_is_not_gone(bench: Bench) -> Non
         await bench.ask("a")
 
 
-async def test_what_an_operator_loaded_is_left_alone(bench: Bench) -> None:
+async def test_what_an_operator_loaded_from_elsewhere_is_left_alone(bench: Bench) -> None:
     await bench.manager.start()
     bench.reader.put("b", b"another")
     await bench.manager.load("a", "b", replace=True)
@@ -353,6 +375,32 @@ async def test_what_an_operator_loaded_is_left_alone(bench: Bench) -> None:
     put(bench, "a", b"version 2")
     await bench.look(STILL + 1)
     assert bench.registry.get("a") is entry
+
+
+async def test_what_an_operator_loaded_from_its_folder_is_looked_after(bench: Bench) -> None:
+    """`--adapter a` reads it at start, and a new version of it would never have been noticed."""
+    await bench.manager.start()
+    old, _ = await bench.manager.load("a", pin=True)
+    put(bench, "a", b"version 2")
+    await bench.look(STILL)
+    new = bench.registry.get("a")
+    assert new is not old
+    assert new.pinned
+    shutil.rmtree(bench.root / "a")
+    await bench.look(3)
+    assert bench.registry.get("a") is new, "but it goes by the operator's word only"
+
+
+async def test_what_a_link_leads_to_is_taken_over_when_it_leads_elsewhere(bench: Bench) -> None:
+    bench.reader.put("v2", b"version 2")
+    (bench.root / "current").symlink_to("a")
+    await bench.manager.start()
+    assert await bench.ask("current") == await bench.ask("a")
+    (bench.root / ".next").symlink_to("v2")
+    (bench.root / ".next").replace(bench.root / "current")
+    await bench.look(STILL)
+    assert await bench.ask("current") == await bench.ask("v2")
+    assert bench.registry.get("current").source == str(bench.root / "v2")
 
 
 @pytest.mark.parametrize("by", ["unload", "replace"])
@@ -489,6 +537,20 @@ async def test_what_cannot_be_served_is_told_and_blinds_nothing_else(
     bench.reader.put("zzz", b"weights")
     await bench.look()
     await bench.ask("zzz")
+
+
+@pytest.mark.parametrize("make", [outside, file_outside, file_loop, file_nowhere, pipe, folder_as_file, half])
+async def test_what_is_served_and_becomes_unfit_serves_on(
+    bench: Bench, caplog: pytest.LogCaptureFixture, make: Callable[[Path], None]
+) -> None:
+    await bench.manager.start()
+    old = await bench.ask("a")
+    (bench.root / "a").rename(bench.root.parent / "aside")
+    make(bench.root / "a")
+    await bench.look(STILL + 3)
+    assert await bench.ask("a") == old
+    assert "goes on serving" in bench.registry.get("a").warnings[0]
+    assert caplog.text.count("goes on serving") == 1
 
 
 async def test_a_new_folder_is_not_told_while_its_other_file_is_on_its_way(
@@ -657,3 +719,19 @@ def test_near_names_are_found_among_many_at_a_bounded_cost(monkeypatch: pytest.M
     with pytest.raises(AdapterNotFound):
         registry.get("customer-x")
     assert 0 < compared <= 128
+
+
+async def test_a_link_that_changes_while_it_is_looked_at_blinds_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.root / "b").symlink_to("a")
+    bench.reader.put("c", b"weights")
+
+    def vanishing(path: str) -> str:
+        raise FileNotFoundError(2, "it was a link when it was looked at", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loramux.lora.scan.os.path.realpath", vanishing)
+        await bench.manager.start()
+        await bench.look()
+    assert {"a", "c"} <= {entry.name for entry in bench.manager.list()}

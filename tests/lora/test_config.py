@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 
 import pytest
 from loramux.errors import InvalidAdapter
@@ -219,12 +218,9 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
         r"layers\.(?:1[0-9]|2[0-9])\..*_proj",
     ],
 )
-def test_patterns_that_people_write_are_fast(pattern: str) -> None:
+def test_patterns_that_people_write_are_taken(pattern: str) -> None:
     table = PatternTable.compile("rank_pattern", {pattern: 1})
-    start = time.perf_counter()
-    for _ in range(100):
-        table.find(["base.model.layers.27.self_attn.some_longer_name.q_projection"], 0)
-    assert time.perf_counter() - start < 1.0
+    assert table.find(["base.model.layers.27.self_attn.some_longer_name.q_projection"], 0) == 0
 
 
 def test_the_first_matching_pattern_decides() -> None:
@@ -254,6 +250,15 @@ def test_all_unknown_fields_are_named_at_once() -> None:
     assert "known_to_be_unused" not in caught.value.message
 
 
+def test_all_that_is_refused_is_named_at_once() -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(kasa_config={}, arrow_config={}, init_lora_weights="pissa", target_modules=["wte"], new_field=1)
+    assert all(
+        word in caught.value.message
+        for word in ("kasa_config", "arrow_config", "init_lora_weights", "target_modules", "new_field")
+    )
+
+
 def test_very_many_unknown_fields_are_one_short_message() -> None:
     with pytest.raises(InvalidAdapter, match="and 968 more") as caught:
         parse(**{f"field_{i}": "x" * 1000 for i in range(1000)})
@@ -278,10 +283,9 @@ def test_many_patterns_together_are_bounded() -> None:
         PatternTable.compile("rank_pattern", {f".*.*x{i}": 1 for i in range(1000)})
 
 
-def test_a_pattern_for_every_module_of_a_large_model_is_fast() -> None:
+def test_a_pattern_for_every_module_of_a_large_model_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """EVA writes one for each; compiling them anew for each module, as PEFT does, would take minutes."""
     modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(80) for name in "qkvogud"]
     table = PatternTable.compile("rank_pattern", {module: index + 1 for index, module in enumerate(modules)})
-    start = time.perf_counter()
+    monkeypatch.setattr("re._compile", lambda *given: pytest.fail("compiled again"))
     assert [table.find([module], 0) for module in modules] == list(range(1, len(modules) + 1))
-    assert time.perf_counter() - start < 5.0

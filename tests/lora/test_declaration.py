@@ -345,6 +345,45 @@ async def test_what_was_there_and_cannot_be_replaced_goes_with_its_line(
     assert manager.list() == []
 
 
+@pytest.mark.parametrize("pin", [False, True])
+async def test_without_a_digest_its_versions_all_count(reader: FakeReader, file: Path, pin: bool) -> None:
+    """Whatever lies there; with one, nothing else will do."""
+    registry = AdapterRegistry(device_budget=1000)
+    manager = AdapterManager(registry, AdapterRoots([reader.root]), reader, declared_in=file, scan_interval=1e6)
+    switch = str(pin).lower()
+    write(
+        file,
+        f"adapters:\n- {{name: x, source: deep/a, pin: {switch}}}\n"
+        f"- {{name: b, pin: {switch}, digest: '{digest(reader, 'b')}'}}\n",
+    )
+    (reader.root / "deep").mkdir()
+    reader.put("deep/a", b"version 1")
+    await manager.start()
+    assert manager._catalog is not None
+    before = {}
+    for name in ("x", "b"):
+        lease = registry.lease([name], "r")[0]
+        while lease.weights is None:
+            await asyncio.sleep(0.001)
+        before[name] = lease.digest
+        registry.release(lease.uid, "r")
+    await manager._catalog.look()
+    for name in ("deep/a", "b"):
+        reader.put(name, b"version 2")
+    for _ in range(4):
+        await manager._catalog.look()
+        if manager._catalog._taking is not None:
+            await manager._catalog._taking
+    assert manager.get("x").digest == digest(reader, "deep/a") != before["x"]
+    assert manager.get("x").pinned is pin
+    assert manager.get("b").digest == before["b"]
+    write(file, "adapters: []\n")
+    await manager.reload()
+    await manager._catalog.look()
+    assert registry.find("x") is None
+    await manager.close()
+
+
 async def test_thousands_are_applied_in_pieces(manager: AdapterManager, reader: FakeReader, file: Path) -> None:
     """60,000 lines were 60,000 tasks that began in one turn of the event loop."""
     most = 0

@@ -63,6 +63,40 @@ class RegistryMachine(RuleBasedStateMachine):
         assert self.registry.find(entry.name) is entry
         assert before is entry or before is None or before.state in (State.DRAINING, State.UNLOADED)
 
+    @rule(name=NAMES, fixed=st.booleans())
+    def register(self, name: str, fixed: bool) -> None:
+        """A folder is found, or found again after it changed into what nobody has read."""
+        if self.registry.loading(name) is not None:
+            return
+        before = self.registry.find(name)
+        entry = self.registry.register(name, f"/{name}/{len(self.entries)}", digest="sha256:0" if fixed else "")
+        self.entries.append(entry)
+        assert self.registry.find(name) is entry
+        assert before is None or before.state in (State.DRAINING, State.UNLOADED)
+
+    @rule(name=NAMES, irreplaceable=st.booleans())
+    def change_folder(self, name: str, irreplaceable: bool) -> None:
+        """Its folder changed, or is again what it was: what serves goes on serving, with a word of it."""
+        entry = self.registry.find(name)
+        if entry is None:
+            return
+        state, weights = entry.state, entry.weights
+        self.registry.mark_irreplaceable(entry, irreplaceable)
+        self.registry.notice(entry, "its folder has changed" if irreplaceable else "")
+        assert (entry.state, entry.weights) == (state, weights)
+        assert (entry.notice in entry.warnings) is irreplaceable
+
+    @rule(name=NAMES, other=st.booleans())
+    def fail_to_read(self, name: str, other: bool) -> None:
+        """What is asked for, and is not in memory, cannot be read."""
+        entry = self.registry.find(name)
+        if entry is None or entry.loading or entry.weights is not None:
+            return
+        before = entry.state
+        self.registry.fetch_failed(entry.uid, Overloaded("full") if other else InvalidAdapter("x", "broken"))
+        self.registry.budget.unreserve(entry.uid)
+        assert entry.state is (before if other else State.FAILED)
+
     @rule(load=consumes(loads))
     def fail(self, load: tuple[AdapterEntry, int]) -> None:
         entry, _ = load
@@ -87,7 +121,7 @@ class RegistryMachine(RuleBasedStateMachine):
             entry = self.registry.lease([name], request)[0].entry
         except (AdapterNotFound, AdapterUnavailable):
             return
-        assert entry.state in (State.LOADING, State.READY)
+        assert entry.state in (State.LOADING, State.READY, State.REGISTERED)
         self.held.add((entry.uid, request))
 
     @precondition(lambda self: self.entries)

@@ -208,6 +208,23 @@ def test_a_chat_template_of_its_own_is_told(tmp_path: Path) -> None:
         assert "chat template of its own" in warning
 
 
+def test_a_chat_template_that_is_used_is_checked_at_load_and_no_warning(tmp_path: Path) -> None:
+    write(tmp_path, factors(*ALL_Q))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    checked: list[str] = []
+    files = read_adapter(tmp_path, SITES, limits=LIMITS, base=Base(check_template=checked.append))
+    assert (files.chat_template, files.warnings, checked) == (TEMPLATE, (), [TEMPLATE])
+    same = Base(chat_template=TEMPLATE, check_template=checked.append)
+    assert read_adapter(tmp_path, SITES, limits=LIMITS, base=same).chat_template is None
+    assert read_adapter(tmp_path, SITES, limits=LIMITS).chat_template is None
+
+    def broken(template: str) -> None:
+        raise InvalidAdapter("chat_template", "is no template")
+
+    with pytest.raises(InvalidAdapter, match="chat_template"):
+        read_adapter(tmp_path, SITES, limits=LIMITS, base=Base(check_template=broken))
+
+
 @pytest.mark.parametrize(
     ("config", "template"),
     [

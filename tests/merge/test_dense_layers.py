@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merged(base: Path, adapter: Path, dtype: str) -> CausalLM:
-    def merging(sites: Sequence[Site]) -> Delta:
+    def merging(sites: Sequence[Site], dense: Mapping[str, torch.Tensor]) -> Delta:
         return Delta([(read_adapter(adapter, sites, limits=ReadLimits()), 1.0)])
 
     return load_model(str(base), dtype=dtype, merging=merging).model

@@ -30,6 +30,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.parametrize("padding", [0, 8])
+def test_an_embedding_that_was_saved_unchanged_is_left_out(base: Path, tmp_path: Path, padding: int) -> None:
+    """As where it is served: PEFT saves it by itself when the vocabulary was resized."""
+    adapter = save_adapter(tmp_path / "adapter", seed=1)
+    rows = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.embed_tokens.weight"
+    save_file(tensors | {key: torch.cat([rows, rows[:padding]])}, adapter / "adapter_model.safetensors")
+    merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"], rows.float())
+    save_file(tensors | {key: rows + 1}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapter, match="drop it"):
+        merge(str(base), [Ingredient("a", adapter)], tmp_path / "other", dtype="fp32")
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [

@@ -53,7 +53,12 @@ main(hold)
 def test_a_worker_that_is_told_to_end_twice_leaves_nothing(tmp_path: Path) -> None:
     base, adapter, out = save_model(tmp_path / "base"), save_adapter(tmp_path / "a"), tmp_path / "out" / "merged"
     out.parent.mkdir()
-    job = {"model": str(base), "parts": [["a", str(adapter), 1.0, ""]], "out": str(out), "dtype": "bf16"}
+    job = {
+        "model": str(base),
+        "parts": [["a", str(adapter), [str(tmp_path)], 1.0, ""]],
+        "out": str(out),
+        "dtype": "bf16",
+    }
     done = subprocess.run(
         [sys.executable, "-c", TOLD_TWICE], input=json.dumps(job), capture_output=True, text=True, check=False
     )

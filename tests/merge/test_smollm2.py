@@ -50,7 +50,7 @@ def test_a_shipped_adapter(tmp_path: Path) -> None:
     files = read_adapter(folder, batched.sites, limits=ReadLimits())
     weights = Adapter.build(files, batched.sites, batched.device, batched.dtype).weights
     in_batch, text = greedy(batched, prompt, weights)
-    merged = load_model("smollm2", dtype="bf16", merging=lambda sites: Delta([(files, 1.0)])).model
+    merged = load_model("smollm2", dtype="bf16", merging=lambda sites, dense: Delta([(files, 1.0)])).model
     in_base, answer = greedy(merged, prompt, None)
     assert text[: len(expected)] == answer[: len(expected)] == expected
     assert relative(in_batch, exact) < 0.1

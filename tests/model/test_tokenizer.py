@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loramux.errors import Cancelled, InvalidRequest
 from loramux.model import tokenizer as tokenizer_module
-from loramux.model.tokenizer import Tokenizer, _encode
+from loramux.model.control_tokens import encode
+from loramux.model.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +23,7 @@ CORPUS = [
     "<|im_start|> is not a word, nor is [INST] or <start_of_turn>user; user assistant system model end start of turn",
     "Numbers 0 1 2 3 4 5 6 7 8 9, marks . , ; : ! ? < > | [ ] ( ) _ - / \\ and \t tabs\n and lines\n\n",
 ]
+NO_REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -63,6 +66,18 @@ def unigram(special: list[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def spelled(*, ignore_merges: bool) -> tokenizers.Tokenizer:
+    """Its own merges, or the words that it takes whole, lead to a control token."""
+    merges = [] if ignore_merges else [("<", "/"), ("s", ">"), ("</", "s>")]
+    pieces = [*map(chr, range(33, 127)), "Ġ", "Ċ", "</", "s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    model = models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, ignore_merges=ignore_merges)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "isolated"), NO_REGEX])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>", "<|im_start|>", "<|im_end|>", "<|behind|>"])
+    return tokenizer
+
+
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 LLAMA3 = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}
@@ -88,6 +103,8 @@ BASES: dict[str, Any] = {
     "gemma": (lambda: sentencepiece_bpe(["<s>", "</s>", "<start_of_turn>", "<end_of_turn>"]), GEMMA),
     "mistral": (lambda: sentencepiece_bpe(["<s>", "</s>", "[INST]", "[/INST]"]), MISTRAL),
     "unigram": (lambda: unigram(["<s>", "</s>", "<|im_start|>", "<|im_end|>"]), CHATML),
+    "spelled by merges": (lambda: spelled(ignore_merges=False), CHATML),
+    "spelled as a word": (lambda: spelled(ignore_merges=True), CHATML),
     "thinking": (
         lambda: byte_level(["<|end|>"], ["<think>", "</think>", "<|user|>", "<|assistant|>", "<|system|>"]),
         THINKING,
@@ -151,6 +168,10 @@ def test_contents_without_control_tokens_are_as_transformers_has_them(name: str,
     messages = turns(*contents)
     want = hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert ours.encode_chat(messages) == want
+    # Nor does it matter which way they take: the renamed copy is the same tokenizer.
+    render = partial(ours._render, at_least=lambda tokens: None)
+    marked = tokenizer_module._marked(messages, contents, render, ours._control)
+    assert ours._ids(ours._control.encode, marked, False, lambda tokens: None) == want
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -263,7 +284,7 @@ def test_others_run_while_a_text_is_tokenized() -> None:
 
     def work() -> None:
         begun.set()
-        _encode(ours.backend, "a " * 500_000, False)
+        encode(ours.backend, "a " * 500_000, False)
 
     thread = threading.Thread(target=work)
     thread.start()

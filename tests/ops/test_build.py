@@ -128,7 +128,7 @@ def test_what_a_killed_start_left_is_cleared_and_in_nobodys_way(compiled: Path, 
     assert not left.exists()
 
 
-@pytest.mark.parametrize("where", ["file", "below a file", "full", "foreign", "for all", "parent for all"])
+@pytest.mark.parametrize("where", ["file", "below a file", "no home", "full", "foreign", "for all", "parent for all"])
 def test_where_the_cache_cannot_be_used_it_is_compiled_for_this_process(
     where: str, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,6 +136,10 @@ def test_where_the_cache_cannot_be_used_it_is_compiled_for_this_process(
     monkeypatch.setenv("LORAMUX_CACHE", str(cache))
     if where == "file":
         cache.write_text("")
+    elif where == "no home":
+        monkeypatch.delenv("LORAMUX_CACHE")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 987654)  # of whom no passwd file knows
     elif where == "below a file":
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("LORAMUX_CACHE", str(tmp_path / "file" / "cache"))

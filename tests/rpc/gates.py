@@ -20,7 +20,7 @@ class Gate:
     """Open, or closed with some permits; who comes while it is closed takes one or waits."""
 
     def __init__(self) -> None:
-        self.waiting = 0
+        self.waiting = self.passed = 0
         self._open = True
         self._permits = 0
         self._condition = threading.Condition()
@@ -45,6 +45,7 @@ class Gate:
             self.waiting += 1
             passed = self._condition.wait_for(lambda: self._open or self._permits, timeout=_FORGOTTEN)
             self.waiting -= 1
+            self.passed += 1
             assert passed, "a test forgot to open the gate"
             if not self._open:
                 self._permits -= 1

@@ -139,6 +139,7 @@ def read_adapter(folder: AdapterFolder) -> Any:
         target_modules=("q_proj",),
         site_count=2,
         warnings=(),
+        chat_template=None,
         mixable=not content.startswith(b"dora"),
     )
 

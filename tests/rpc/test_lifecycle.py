@@ -53,6 +53,8 @@ async def test_a_port_knows_the_health_of_what_it_serves(tmp_path: Path) -> None
                     assert (await health.Check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
                     watch = health.Watch(health_pb2.HealthCheckRequest(service=service))
                     assert (await anext(aiter(watch))).status == SERVING
+                listed = (await health.List(health_pb2.HealthListRequest())).statuses
+                assert {name: each.status for name, each in listed.items()} == {"": SERVING, own: SERVING}
                 for service in ("nobody", other, "x" * 100_000):
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
                         await health.Check(health_pb2.HealthCheckRequest(service=service))

@@ -17,6 +17,7 @@ from loramux.engine.request import Delta, Event, Request
 from loramux.engine.settings import EngineSettings
 from loramux.errors import LoramuxError
 from loramux.logs import TextFormatter
+from loramux.metrics import FINISHED_REASONS
 from loramux.rpc import status
 from loramux.v1.generation_pb2 import GenerateRequest, GenerateStreamRequest, SamplingParams
 
@@ -292,6 +293,7 @@ async def test_every_request_has_one_outcome(
         assert found[case.status, case.reason] == 1
         assert sum(found.values()) == caller.sent
         taken = samples(r, "vllm:request_success_total")
+        assert {reason for (reason,) in taken} == set(FINISHED_REASONS)
         assert case.finished_reason is None or taken[case.finished_reason,] >= 1
         assert sum(taken.values()) <= caller.sent - (case.finished_reason is None)
         assert sum(samples(r, "vllm:generation_tokens_total").values()) >= caller.tokens

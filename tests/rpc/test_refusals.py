@@ -102,6 +102,7 @@ def check(error: grpc.aio.AioRpcError, code: str, reason: str, field: str = "") 
     info = error_details_pb2.ErrorInfo()
     assert rich.details[0].Unpack(info)
     assert (info.domain, info.reason) == ("loramux", reason)
+    assert info.metadata["request_id"] == dict(error.trailing_metadata())["x-request-id"]
     if field:
         bad = error_details_pb2.BadRequest()
         assert rich.details[1].Unpack(bad)

@@ -236,6 +236,8 @@ async def test_closing_drops_what_waits() -> None:
     tokens.go_on.set()
     done = await asyncio.gather(*calls, return_exceptions=True)
     assert [isinstance(result, asyncio.CancelledError) for result in done] == [False, True, True]
+    with pytest.raises(asyncio.CancelledError):
+        await tokenizing.ids(pb.GenerateRequest(prompt="hi"))
 
 
 async def test_messages_at_work_are_bounded_in_bytes(tmp_path: Path) -> None:

@@ -103,10 +103,13 @@ def test_a_huge_or_broken_text_stays_below_the_header_limit() -> None:
         errors.InvalidRequest(huge, huge, reason="X", metadata={f"{i}{huge}": huge for i in range(50)}),
         errors.InvalidAdapter(huge, huge),
     ):
-        rich = status.from_error(error)
+        rich = status.from_error(error, request_id="\U0001f600" * 128)
         percent_encoded = 3 * len(rich.message.encode())
         base64 = len(rich.SerializeToString()) * 4 // 3
         assert percent_encoded + base64 < 8000
+        info = error_details_pb2.ErrorInfo()
+        assert rich.details[0].Unpack(info)
+        assert info.metadata["request_id"] == "\U0001f600" * 128
 
 
 @pytest.mark.parametrize(

@@ -126,17 +126,25 @@ async def test_folders_come_change_and_go(tmp_path: Path) -> None:
         await r.settle()
 
 
+async def looked(r: Running) -> None:
+    """After several looks at the roots, beside those that come by themselves."""
+    catalog = r.manager._catalog
+    assert catalog is not None
+    for _ in range(4):
+        await catalog.look()
+
+
 async def test_a_root_that_is_away_for_a_moment_keeps_its_adapters(tmp_path: Path) -> None:
     root, away = tmp_path / "root", tmp_path / "away"
     async with running(root, adapters=("a",), load=False, scan_interval=0.02) as r:
         entry = r.registry.get("a")
         await ask(r, "a")
         root.rename(away)
-        await asyncio.sleep(0.1)  # several looks
+        await looked(r)
         assert r.registry.get("a") is entry
         await ask(r, "a")
         away.rename(root)
-        await asyncio.sleep(0.1)
+        await looked(r)
         assert r.registry.get("a") is entry
         await r.settle()
 
@@ -145,7 +153,7 @@ async def test_what_an_operator_unloaded_stays_away_until_its_folder_changes(tmp
     async with running(tmp_path, adapters=("a",), load=False, scan_interval=0.02) as r:
         await ask(r, "a")
         await r.admin.unload("a")
-        await asyncio.sleep(0.1)  # several looks
+        await looked(r)
         with pytest.raises(AdapterNotFound):
             await ask(r, "a")
         await r.admin.load("a")

@@ -121,8 +121,20 @@ KINDS: dict[str, Kind] = {
     "r is text": Kind("INVALID_CONFIG", "r: ", config={"r": "4"}),
     "alpha is NaN": Kind("INVALID_CONFIG", "not a JSON number", config={"lora_alpha": math.nan}),
     "not LoRA": Kind("UNSUPPORTED_ADAPTER", "peft_type", config={"peft_type": "IA3"}),
-    "bias": Kind("UNSUPPORTED_ADAPTER", "bias", config={"bias": "all"}),
-    "modules_to_save": Kind("UNSUPPORTED_ADAPTER", "modules_to_save", config={"modules_to_save": ["score"]}),
+    "a trained bias": Kind("UNSUPPORTED_ADAPTER", f"{Q0}.bias", _put(f"{Q0}.bias", 64), config={"bias": "all"}),
+    "modules_to_save": Kind(
+        "UNSUPPORTED_ADAPTER",
+        "modules_to_save",
+        _put("base_model.model.score.modules_to_save.default.weight", 2, 64),
+        config={"modules_to_save": ["score"]},
+    ),
+    "another embedding": Kind(
+        "UNSUPPORTED_ADAPTER", "drop it", _put("base_model.model.model.embed_tokens.weight", 9, 64)
+    ),
+    "fewer targets than tensors": Kind("CONFIG_MISMATCH", "target_modules", config={"target_modules": ["q_proj"]}),
+    "fewer layers than tensors": Kind("CONFIG_MISMATCH", "layers_to_transform", config={"layers_to_transform": [0]}),
+    "excluded layers with tensors": Kind("CONFIG_MISMATCH", "exclude_modules", config={"exclude_modules": ["v_proj"]}),
+    "alpha beyond float32": Kind("INVALID_CONFIG", "lora_alpha", config={"lora_alpha": 1e308}),
     "PiSSA": Kind("UNSUPPORTED_ADAPTER", "init_lora_weights", config={"init_lora_weights": "pissa"}),
     "unknown field": Kind("UNSUPPORTED_ADAPTER", "use_magic", config={"use_magic": True}),
     "lm_head as a target": Kind("UNSUPPORTED_ADAPTER", "lm_head", config={"target_modules": ["lm_head"]}),

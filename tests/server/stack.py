@@ -71,7 +71,7 @@ def save_adapter(
             if config.get("use_dora"):
                 tensors[f"{key}.lora_magnitude_vector"] = torch.randn(n, generator=g).abs() * 2
     save_file(tensors, folder / "adapter_model.safetensors")
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]} | config
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"} | config
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     return folder
 

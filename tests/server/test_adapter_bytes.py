@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,10 +25,9 @@ def expected_bytes(rank: int, targets: Iterable[str]) -> int:
 
 def save_small(folder: Path) -> None:
     """Rank 3 on q_proj alone."""
-    save_adapter(folder, rank=3, layers=LAYERS)
+    save_adapter(folder, rank=3, layers=LAYERS, target_modules=["q_proj"])
     file = folder / "adapter_model.safetensors"
     save_file({key: tensor for key, tensor in load_file(file).items() if "q_proj" in key}, file)
-    assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
 
 
 async def test_a_small_adapter_beside_a_large_one(folders: tuple[Path, Path], tmp_path: Path) -> None:

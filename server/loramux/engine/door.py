@@ -16,7 +16,7 @@ from loramux.lora import mixing
 MAX_SEED = 2**64 - 1
 MAX_TEMPERATURE = 3.4e38  # float32, in which logits are divided by it, ends a little later
 MAX_PENALTY = 2.0
-MIN_REPETITION_PENALTY = 1e-6  # a logit divided by less may be no float32 any more
+MIN_REPETITION_PENALTY = 2.0**-20  # a logit divided by much less may be no float32 any more
 MAX_REPETITION_PENALTY = 10.0
 MAX_BIAS = 100.0
 

@@ -187,7 +187,7 @@ class Engine:
             try:
                 tell()
             except Exception:  # a defect of the owner; the step's other requests must not suffer from it
-                log.exception("the owner of request %r could not be told of its end", group.request.request_id)
+                log.exception("the owner of request %r could not be told of its end", group.request.shown_id)
 
     def idle_seconds(self) -> float | None:
         """How long to sleep after a step that found nothing to do; None: until something is submitted."""
@@ -206,13 +206,13 @@ class Engine:
         """A snapshot; only this thread may take it, anyone may read it."""
         running: Counter[str] = Counter()
         waiting: Counter[str] = Counter()
+        active = {seq.group for seq in self.scheduler.running}
         for group in self._groups.values():
             names = [use.handle.name for use in group.uses] or [""]
-            (running if group.running else waiting).update(names)
-        num_running = sum(group.running for group in self._groups.values())
+            (running if group in active else waiting).update(names)
         return EngineStats(
-            running=num_running,
-            waiting=len(self._groups) - num_running,
+            running=len(active),
+            waiting=len(self._groups) - len(active),
             kv_blocks_used=self.kv.num_used,
             kv_blocks_total=self.kv.num_blocks,
             running_adapters=running,

@@ -18,7 +18,7 @@ from loramux.engine.request import (
     Timings,
     Usage,
 )
-from loramux.engine.sequence import Sequence, Status
+from loramux.engine.sequence import Sequence
 from loramux.engine.stop_strings import StopScanner
 from loramux.errors import DeadlineExceeded, InvalidRequest, LoramuxError
 
@@ -72,11 +72,6 @@ class Group:
     first_scheduled: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
-
-    @property
-    def running(self) -> bool:
-        """Some sequence holds a place in the batch."""
-        return any(seq.status is Status.RUNNING for seq in self.sequences)
 
     def observe(self, now: float) -> LoramuxError | None:
         """Note how long the adapters take to load; return the error that ends the request now, if any."""

@@ -33,6 +33,7 @@ from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overl
 
 log = logging.getLogger(__name__)
 
+_COMMANDS = 64  # most that are carried out between two steps: a thousand requests at once must not halt the streams
 _SMOOTHING = 0.1
 _MOST_RETRY_SECONDS = 60.0
 
@@ -87,7 +88,7 @@ class AsyncEngine:
         """See EngineClient."""
         try:
             stream = self._admit(request)
-        except LoramuxError:
+        except Exception:
             self._on_finish(request)
             raise
         try:
@@ -212,14 +213,15 @@ class AsyncEngine:
         try:
             while not self._stopping:
                 self._wake.clear()  # before the inbox is read: what comes later sets it again
-                while self._inbox:
+                for _ in range(min(len(self._inbox), _COMMANDS)):
                     self._inbox.popleft()()
                 batch = self._engine.prepare()
                 if batch is not None:
                     self._engine.compute(batch, meanwhile=self._flush)
                 else:
                     self._flush()
-                    self._wake.wait(self._engine.idle_seconds())
+                    if not self._inbox:
+                        self._wake.wait(self._engine.idle_seconds())
             self._flush()
         except BaseException:
             log.exception("the engine's thread has died")

@@ -10,6 +10,7 @@ Knows nothing of tokens but the ids of special ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 Symbol = str | int  # a character, or a special token's id
 
@@ -45,6 +46,24 @@ class _Pattern:
         return matched + (symbol == self.symbols[matched])
 
 
+class _Patterns:
+    """The stop strings of a request. What is looked for is worked out when the first text comes, not while a thousand
+    requests are queued."""
+
+    def __init__(self, stops: Sequence[str], split: Callable[[str], Sequence[Symbol]]) -> None:
+        self._stops = stops
+        self._split = split
+
+    @cached_property
+    def all(self) -> list[_Pattern]:
+        patterns = [_Pattern(stop, stop) for stop in self._stops]
+        for stop in self._stops:
+            symbols = self._split(stop)
+            if any(isinstance(symbol, int) for symbol in symbols):
+                patterns.append(_Pattern(stop, symbols))
+        return patterns
+
+
 class StopScanner:
     """`found` is the stop string that ended the text, or "".
 
@@ -52,23 +71,22 @@ class StopScanner:
     such a stop string are never given out.
     """
 
-    __slots__ = ("_held", "_matched", "_patterns", "found")
+    __slots__ = ("_held", "_matched", "_patterns", "_shared", "found")
 
     def __init__(self, stops: Sequence[str], split: Callable[[str], Sequence[Symbol]] = tuple) -> None:
         """`stops`: non-empty strings. `split` finds the special tokens in one of them."""
-        with_tokens = [_Pattern(stop, split(stop)) for stop in stops]
-        self._patterns = [_Pattern(stop, stop) for stop in stops] + [p for p in with_tokens if p.has_tokens]
-        self._start()
+        self._start(_Patterns(stops, split) if stops else None)
 
     def fork(self) -> StopScanner:
         """One for the same stop strings in another text."""
         other = StopScanner.__new__(StopScanner)
-        other._patterns = self._patterns
-        other._start()
+        other._start(self._shared)
         return other
 
-    def _start(self) -> None:
-        self._matched = [0] * len(self._patterns)
+    def _start(self, shared: _Patterns | None) -> None:
+        self._shared = shared
+        self._patterns: list[_Pattern] = []
+        self._matched: list[int] = []
         self._held = ""
         self.found = ""
 
@@ -77,7 +95,7 @@ class StopScanner:
 
         Without `may_stop` a stop string that is complete within the text is passed over; one that begins there is not.
         """
-        if self.found or not self._patterns:
+        if self.found or self._shared is None:
             return "" if self.found else text
         text, held = self._held + text, len(self._held)
         for i in range(held, len(text)):
@@ -88,7 +106,7 @@ class StopScanner:
 
     def feed_special(self, token_id: int, *, may_stop: bool = True) -> str:
         """As `feed`, for a special token, which has no text of its own."""
-        if self.found or not self._patterns:
+        if self.found or self._shared is None:
             return ""
         complete = self._take(token_id)
         if complete is not None and may_stop:
@@ -102,6 +120,9 @@ class StopScanner:
 
     def _take(self, symbol: Symbol) -> _Pattern | None:
         """The longest stop string that the symbol completes; None if it completes none."""
+        if not self._patterns and self._shared is not None:
+            self._patterns = self._shared.all
+            self._matched = [0] * len(self._patterns)
         longest: _Pattern | None = None
         for i, pattern in enumerate(self._patterns):
             if isinstance(symbol, int) and not pattern.has_tokens:
@@ -121,6 +142,6 @@ class StopScanner:
 
     def _certain(self, text: str) -> str:
         """`text` without the end that may become a stop string, which is held back."""
-        keep = max(p.chars[matched] for p, matched in zip(self._patterns, self._matched, strict=True))
+        keep = max((p.chars[matched] for p, matched in zip(self._patterns, self._matched, strict=True)), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

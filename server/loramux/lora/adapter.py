@@ -29,7 +29,7 @@ class Adapter:
     offsets  int64 [n_sites, 4] on the CPU: where A, B, bias and scale start, in elements; -1 where there is none
     ranks    int32 [n_sites] on the CPU: 0 where the adapter leaves the site alone
     host     the same adapter in the host's memory, if it was kept there beside the device's
-    warnings see AdapterFiles
+    warnings, chat_template  see AdapterFiles
     """
 
     buffer: Tensor
@@ -40,6 +40,7 @@ class Adapter:
     target_modules: tuple[str, ...]
     host: Adapter | None = None
     warnings: tuple[str, ...] = ()
+    chat_template: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +111,9 @@ class Adapter:
         assert host.data_ptr() % ALIGN_BYTES == 0, "pages start at such boundaries"
         weights = AdapterWeights(host, torch.tensor(offsets), torch.tensor(ranks, dtype=torch.int32), written)
         targets = tuple(sorted({f.site.name.rpartition(".")[2] for f in files.factors}))
-        return cls(host, weights, weights.offsets, weights.ranks, files.digest, targets, None, files.warnings).place(
-            device, keep=keep
-        )
+        told = files.warnings, files.chat_template
+        adapter = cls(host, weights, weights.offsets, weights.ranks, files.digest, targets, None, *told)
+        return adapter.place(device, keep=keep)
 
     def place(self, device: torch.device, *, keep: bool) -> Adapter:
         """This adapter, which is in the host's memory, on `device`: one allocation, all of it there on return.

@@ -3,7 +3,9 @@
 A folder directly under a root, with both files, is registered under its own name; it is read when a request first asks
 for it. New folders appear, and removed ones drain and go. A folder that changes is taken over once it has been still
 for some looks and loads; until then, and if it does not, the version that serves goes on serving. Requests that have
-started finish on what they leased. What an operator loads or unloads by hand is left alone until its folder changes.
+started finish on what they leased. What an operator loads from elsewhere under a folder's name is left alone; what is
+loaded from the folder of that name, or unloaded, is looked after again once that changes. `follow` adds folders that
+lie elsewhere, under names of their own.
 
 Roots are looked at every `interval` seconds, in a worker: that works on any file system, network ones included, where
 notifications do not. Imports no torch.
@@ -56,6 +58,7 @@ class Catalog:
         self._found: dict[str, Found] = {}
         self._missed: dict[str, int] = {}  # looks that did not find a folder any more
         self._half: set[str] = set()
+        self._followed: dict[str, str] = {}
         self._changes: dict[str, _Change] = {}
         self._failed: dict[str, tuple[AdapterEntry, int]] = {}  # and looks since
         self._looking = asyncio.Lock()
@@ -65,6 +68,18 @@ class Catalog:
         self._told_folders = ToldOnce(log)
         loader.still = self._until_still
         self._unlisten = registry.listen(self._entry_changed)
+
+    def follow(self, name: str, path: str | None) -> None:
+        """Look after the folder `path` as that of `name`, which stays when it goes away; None: no more."""
+        if path is not None:
+            self._followed[name] = path
+        else:
+            self._followed.pop(name, None)
+
+    def _looked_after(self, entry: AdapterEntry) -> bool:
+        """Whether its folder's changes are its own."""
+        found = self._found.get(entry.name)
+        return not entry.fixed and (entry.managed or (found is not None and found.path == entry.source))
 
     async def start(self) -> None:
         """Look once, then every `interval` seconds until `close`; never again if that is 0."""
@@ -86,7 +101,9 @@ class Catalog:
         what changed has been taken over, or told."""
         async with self._looking:
             first = not self._found
-            look = await asyncio.to_thread(scan, self._roots, self._found, frozenset(self._changes))
+            look = await asyncio.to_thread(
+                scan, self._roots, self._found, frozenset(self._changes), dict(self._followed)
+            )
             gone = self._gone(look, now)
             self._found = look.found
             self._tell(look, first)
@@ -158,7 +175,7 @@ class Catalog:
         if current is None:
             self._registry.register(name, self._found[name].path)
             return
-        if not current.managed:
+        if not self._looked_after(current):
             return
         change = self._changes.setdefault(name, _Change())
         change.looks = change.failures = 0
@@ -178,8 +195,9 @@ class Catalog:
                 change.looks = _STILL
             # Nobody can serve from it any more; who asks from now on waits until the folder is still.
             current = self._registry.find(name)
-            if current is not None and current.managed and current.state is State.FAILED:
-                self._registry.register(name, self._found[name].path, pinned=current.pinned)
+            if current is not None and self._looked_after(current) and current.state is State.FAILED:
+                path = self._found[name].path
+                self._registry.register(name, path, pinned=current.pinned, managed=current.managed)
         if (self._taking is None or self._taking.done()) and any(self._due()):
             self._taking = asyncio.create_task(self._take_all_over())
 
@@ -201,7 +219,7 @@ class Catalog:
         change, found, current = self._changes.get(name), self._found.get(name), self._registry.find(name)
         if change is None or change.looks < _STILL or self._registry.loading(name) is not None:
             return  # at another look
-        if found is None or current is None or not current.managed:
+        if found is None or current is None or not self._looked_after(current):
             self._over(name)
             return
         if current.state is not State.READY:  # nothing of it was read yet
@@ -227,14 +245,20 @@ class Catalog:
         """Give the name to what lies at `path`, unless that is the same; whether it is."""
         if current.residency is not current.residency.DISK:
             entry, _ = await self._loader.load(
-                current.name, path, replace=True, pin=current.pinned, instead_of=current, managed=True
+                current.name,
+                path,
+                replace=True,
+                pin=current.pinned,
+                instead_of=current,
+                managed=current.managed,
+                quiet=True,
             )
             return entry is current
         # Of that version nothing is left that could serve. The next request reads what lies there now.
         if await self._loader.digest(path) == current.digest:
             return True
         if self._registry.find(current.name) is current and self._registry.loading(current.name) is None:
-            self._registry.register(current.name, path, pinned=current.pinned)
+            self._registry.register(current.name, path, pinned=current.pinned, managed=current.managed)
         return False
 
     def _keep(self, current: AdapterEntry, change: _Change, error: LoramuxError) -> None:
@@ -269,7 +293,7 @@ class Catalog:
     async def _until_still(self, entry: AdapterEntry) -> None:
         """Wait while the folder of a version that was never read is being written: half of it might load."""
         found = self._found.get(entry.name)
-        if self._interval <= 0 or not entry.managed or found is None or found.path != entry.source:
+        if self._interval <= 0 or found is None or found.path != entry.source:
             return
         change = self._changes.get(entry.name)
         if change is None and await asyncio.to_thread(identity_of, found.path) != found.identity:
@@ -298,9 +322,9 @@ class Catalog:
                 if identity == entry.read_as and not again:
                     self._failed[entry.uid] = entry, looks + 1
                     continue
-                digest = "" if entry.managed else entry.digest
+                digest = "" if self._looked_after(entry) else entry.digest
                 self._registry.register(
                     entry.name, entry.source, pinned=entry.pinned, digest=digest, managed=entry.managed
                 )
-                if entry.managed and identity != entry.read_as:
+                if not digest and identity != entry.read_as:
                     self._changes.setdefault(entry.name, _Change())

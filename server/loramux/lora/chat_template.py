@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from json.decoder import scanstring
 from pathlib import Path
 
 from loramux.lora.folder import AdapterFolder
@@ -41,9 +40,10 @@ def _in_tokenizer_config(text: str) -> str | None:
     try:
         if field is None:
             return None
+        decoder = json.JSONDecoder()
         if text[field.end()] == '"':
-            return str(scanstring(text, field.end() + 1)[0])
-        named, _ = json.JSONDecoder().raw_decode(text[field.end() : field.end() + _LISTED])
+            return str(decoder.raw_decode(text, field.end())[0])
+        named, _ = decoder.raw_decode(text[field.end() : field.end() + _LISTED])
         return next((str(t["template"]) for t in named if t["name"] == "default"), None)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None

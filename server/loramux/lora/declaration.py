@@ -32,15 +32,25 @@ _LONGEST_PAUSE = 64  # looks between two tries of what failed
 class Declaration:
     """Applies one file. Used by one event loop, in its thread.
 
-    `load(declared)` loads and pins at once. `interval`: seconds between looks at the file; 0 looks only when told to.
+    `load(declared)` loads and pins at once. `follow(name, folder)` looks after the folder of one without a digest,
+    whose versions all count; None ends that. `interval`: seconds between looks at the file; 0 looks only when told to.
     """
 
-    def __init__(self, path: Path, registry: AdapterRegistry, roots: AdapterRoots, load: Load, interval: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        registry: AdapterRegistry,
+        roots: AdapterRoots,
+        load: Load,
+        interval: float,
+        follow: Callable[[str, str | None], None] = lambda name, path: None,
+    ) -> None:
         self._path = path
         self._registry = registry
         self._roots = roots
         self._load = load
         self._interval = interval
+        self._follow = follow
         self._applied: dict[str, Declared] = {}
         self._failed: dict[str, Declared] = {}
         self._pause = self._wait = 1  # looks until what failed is tried again
@@ -76,6 +86,7 @@ class Declaration:
                 return {"": error}
             for names in pieces(self._applied.keys() - wanted.keys()):
                 for name in names:
+                    self._follow(name, None)
                     if self._registry.find(name) is not None and self._registry.loading(name) is None:
                         self._registry.unload(name)
                 await asyncio.sleep(0)
@@ -118,11 +129,12 @@ class Declaration:
         there = current is not None and current.error is None
         if current is not None and there:
             there = current.digest == declared.digest if declared.digest else current.source == str(folder)
+        self._follow(declared.name, None if declared.digest else str(folder))
         if declared.pin:
             return current is None or not there or not current.pinned
         if not there:
             if self._registry.loading(declared.name) is None:
-                self._registry.register(declared.name, str(folder), digest=declared.digest, managed=False)
+                self._registry.register(declared.name, str(folder), digest=declared.digest, managed=not declared.digest)
         elif current is not None and current.pinned:
             self._registry.pin(declared.name, False)
         return False

@@ -47,6 +47,11 @@ class LoadedAdapter(Protocol):
     @property
     def site_count(self) -> int: ...
     @property
+    def chat_template(self) -> str | None:
+        """Its own, if messages for it are to be rendered with that."""
+        ...
+
+    @property
     def warnings(self) -> Sequence[str]:
         """Sentences about what can be served and is hardly meant."""
         ...
@@ -107,6 +112,7 @@ class AdapterEntry:
     hosted          while it is in the host's memory only
     uses, worth     what the tiers count to choose whom to put out
     managed         found under a root, where it is looked after; others come and go by an operator's word
+    fixed           nothing but its digest will do: an adapters file says so
     irreplaceable   what is in memory cannot be read again: its files have changed
     read_as         what its files looked like (lora.scan) when they were read, or were to be
     warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
@@ -128,6 +134,7 @@ class AdapterEntry:
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     load_seconds: float = 0.0
+    chat_template: str | None = None  # known once it is READY
     error: LoramuxError | None = None
     mixable: bool = True  # known once it is READY
     weights: Mapping[int, Any] | None = None
@@ -136,10 +143,11 @@ class AdapterEntry:
     uses: int = 0
     worth: float = 0.0
     managed: bool = False
-    warnings: tuple[str, ...] = ()
+    fixed: bool = False
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
     notice: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from json.decoder import scanstring
 from typing import Any
 
 from loramux.errors import InvalidAdapter
@@ -126,7 +125,7 @@ def _name(text: str, at: int) -> tuple[str, int]:
     """The string at `at`, and where the value that it names begins."""
     if text[at : at + 1] != '"':
         raise ValueError(f"a name in quotes is missing at character {at}")
-    name, at = scanstring(text, at + 1)
+    name, at = _DECODER.raw_decode(text, at)
     at = _skip_space(text, at)
     if text[at : at + 1] != ":":
         raise ValueError(f"a colon is missing at character {at}")

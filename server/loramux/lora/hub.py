@@ -30,8 +30,19 @@ class Hub:
     def fetch(self, source: str, files: Sequence[str]) -> Path:
         """The folder with the adapter's `files`, fetched if it is not there.
 
-        Raises InvalidRequest for a source of another form, PathNotAllowed for a repository that no pattern allows,
-        InvalidAdapter for one that cannot be had or is too large.
+        Raises what `place` does, and InvalidAdapter for one that cannot be had or is too large.
+        """
+        repository, revision = self.place(source)
+        folder = self.cache / f"{repository.replace('/', '--')}@{revision}"
+        for file in files:
+            if not (folder / file).is_file():
+                self._download(repository, revision, file, folder)
+        return folder
+
+    def place(self, source: str) -> tuple[str, str]:
+        """Repository and revision that `source` names; nothing is fetched.
+
+        Raises InvalidRequest for a source of another form, PathNotAllowed for a repository that no pattern allows.
         """
         match = _SOURCE.fullmatch(source)
         if match is None:
@@ -48,11 +59,7 @@ class Hub:
                 "server with another --adapter-hub",
                 metadata={"repository": repository},
             )
-        folder = self.cache / f"{repository.replace('/', '--')}@{revision}"
-        for file in files:
-            if not (folder / file).is_file():
-                self._download(repository, revision, file, folder)
-        return folder
+        return repository, revision
 
     def _download(self, repository: str, revision: str, file: str, folder: Path) -> None:
         # Here, for it takes a second to import and most servers never need it.

@@ -63,6 +63,11 @@ class AdapterInBase:
         return self.files.warnings
 
     @property
+    def chat_template(self) -> str | None:
+        """See AdapterFiles."""
+        return self.files.chat_template
+
+    @property
     def site_count(self) -> int:
         """Linear layers that it changed."""
         return len(self.files.factors)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
+from loramux.lora.chat_template import own_chat_template
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
@@ -68,12 +69,14 @@ class Loader:
         digest: str | None = None,
         instead_of: AdapterEntry | None = None,
         managed: bool = False,
+        quiet: bool = False,
     ) -> Outcome:
         """See AdapterManager.load. Who waits here may go away: the load goes on.
 
         digest      refuse any other
         instead_of  what the name must mean when the load begins; else it ends with Cancelled
-        managed     it was found under a root, which tells of its failure
+        managed     see AdapterEntry
+        quiet       who asks tells of a failure
         """
         while (running := self._loads.get(name)) is not None:
             await asyncio.wait({running})
@@ -81,6 +84,8 @@ class Loader:
             raise Cancelled(f"adapter {name!r} was replaced or unloaded meanwhile")
         job = self._job()
         work = self._load(job, name, source, replace, pin, digest, managed)
+        if not quiet:
+            work = _told(work, name, source)
         # No name for the task here: a frame that holds its task holds its exception, which holds the frame.
         return await asyncio.shield(self._start(name, job, work, self._loads))
 
@@ -99,6 +104,15 @@ class Loader:
     async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """Where its files are, if they may be read: what is registered has not been resolved yet."""
         return await self._workers.run(self._job(), self._roots.resolve, entry.source)
+
+    async def chat_template(self, entry: AdapterEntry) -> str | None:
+        """What lies beside its files, which have not been read yet; None if it cannot be: whoever loads it says so."""
+        job = self._job()
+        try:
+            folder = await self._workers.run(job, self._roots.resolve, entry.source)
+            return await self._workers.run(job, own_chat_template, folder)
+        except LoramuxError:
+            return None
 
     async def abort(self, name: str, error: LoramuxError) -> bool:
         """End the load of `name` that runs, if one does.
@@ -202,16 +216,6 @@ class Loader:
     async def _load(
         self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None, managed: bool
     ) -> Outcome:
-        try:
-            return await self._load_checked(job, name, source, replace, pin, wanted, managed)
-        except LoramuxError as error:
-            if not managed:
-                _tell(name, source, error)
-            raise
-
-    async def _load_checked(
-        self, job: Job, name: str, source: str, replace: bool, pin: bool, wanted: str | None, managed: bool
-    ) -> Outcome:
         started = asyncio.get_running_loop().time()
         folder = await self._workers.run(job, self._roots.resolve, source)
         if wanted is not None:
@@ -229,7 +233,7 @@ class Loader:
             if not replace:
                 raise _name_taken(current, digest, folder)
             pin = pin or current.pinned
-        entry = self._registry.begin(name, str(folder), pinned=pin, managed=managed)
+        entry = self._registry.begin(name, str(folder), pinned=pin, managed=managed, fixed=wanted is not None)
         with self._reservation(job, entry.uid):
             try:
                 entry.read_as = await self._workers.run(job, identity_of, entry.source)
@@ -283,6 +287,14 @@ def _name_taken(current: AdapterEntry, digest: str, folder: AdapterFolder) -> Ad
 
 async def _at_once(entry: AdapterEntry) -> None:
     """Nobody writes."""
+
+
+async def _told(work: Coroutine[Any, Any, Outcome], name: str, source: str) -> Outcome:
+    try:
+        return await work
+    except LoramuxError as error:
+        _tell(name, source, error)
+        raise
 
 
 def _tell(name: str, source: str, error: LoramuxError) -> None:

@@ -56,6 +56,7 @@ class AdapterManager:
         place: Callable[[Any], LoadedAdapter] | None = None,
     ) -> None:
         self.registry = registry
+        registry.private = tuple(map(str, roots.allowed))
         self._loader = Loader(
             registry,
             roots,
@@ -71,7 +72,10 @@ class AdapterManager:
             self._catalog = Catalog(registry, roots.paths, self._loader, interval=scan_interval)
         self._declaration: Declaration | None = None
         if declared_in is not None:
-            self._declaration = Declaration(declared_in, registry, roots, self._load_declared, scan_interval or 0.0)
+            follow = self._catalog.follow if self._catalog is not None else lambda name, path: None
+            self._declaration = Declaration(
+                declared_in, registry, roots, self._load_declared, scan_interval or 0.0, follow
+            )
         self._cancel_grace = cancel_grace
         self._gone: dict[str, asyncio.Event] = {}  # uid → set when a draining entry is dropped
         self._watchers: set[Subscription[AdapterEntry]] = set()
@@ -98,7 +102,13 @@ class AdapterManager:
     async def _load_declared(self, declared: Declared) -> AdapterEntry:
         source = declared.source or declared.name
         entry, _ = await self._loader.load(
-            declared.name, source, replace=True, pin=True, digest=declared.digest or None
+            declared.name,
+            source,
+            replace=True,
+            pin=True,
+            digest=declared.digest or None,
+            managed=not declared.digest,
+            quiet=True,
         )
         return entry
 
@@ -175,6 +185,13 @@ class AdapterManager:
     async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """The folder of its files. Raises what `load` raises for a source that may not be read or is not there."""
         return await self._loader.folder(entry)
+
+    async def chat_template(self, uid: str) -> str | None:
+        """The adapter's own template for messages, as it was loaded, or will be; None: the base's."""
+        entry = self.registry.by_uid(uid)
+        if entry is None or entry.loaded_at:
+            return None if entry is None else entry.chat_template
+        return await self._loader.chat_template(entry)
 
     def pin(self, name: str, pinned: bool) -> AdapterEntry:
         """Pin or unpin. Raises AdapterNotFound."""

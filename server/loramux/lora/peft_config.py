@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -189,11 +190,17 @@ def parse_config(data: bytes) -> PeftConfig:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
         raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
-    _check_method(config)
-    _check_variant(config)
-    _check_init(config.init_lora_weights)
-    _check_targets(config)
-    _check_unknown(config.model_extra or {})
+    refusals: list[InvalidAdapter] = []
+    checks: tuple[Callable[[PeftConfig], None], ...] = (_check_peft_type, *_FIELD_CHECKS, *_OTHER_CHECKS)
+    for check in checks:
+        try:
+            check(config)
+        except InvalidAdapter as error:
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
+    if refusals:  # at once: nobody mends a file one error a try
+        raise InvalidAdapter(CONFIG_FILE, "; ".join(r.message for r in refusals), reason="UNSUPPORTED_ADAPTER")
     return config
 
 
@@ -250,18 +257,23 @@ def _check_origin(fields: Mapping[str, Any]) -> None:
         )
 
 
-def _check_method(config: PeftConfig) -> None:
+def _check_peft_type(config: PeftConfig) -> None:
     if config.peft_type not in ("LORA", None):
         _refuse(
             "peft_type",
             f"{config.peft_type!r} is not served, only 'LORA' is; where the method adds to weights of linear layers, "
             "peft's `save_as_lora(out, model, rank=...)` writes a LoRA that comes near it",
         )
-    for field, way_out in _REFUSED_FIELDS.items():
-        value = getattr(config, field)
-        unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))
-        if not unused:
-            _refuse(field, f"{shown(value)} is not served: {way_out}")
+
+
+def _check_field(field: str, way_out: str, config: PeftConfig) -> None:
+    value = getattr(config, field)
+    unused = value is None or value is False or (field in _EMPTY_IS_UNUSED and value in ([], {}))
+    if not unused:
+        _refuse(field, f"{shown(value)} is not served: {way_out}")
+
+
+_FIELD_CHECKS = tuple(partial(_check_field, field, way_out) for field, way_out in _REFUSED_FIELDS.items())
 
 
 def _check_variant(config: PeftConfig) -> None:
@@ -287,7 +299,8 @@ def _check_variant(config: PeftConfig) -> None:
         )
 
 
-def _check_init(value: bool | str | None) -> None:
+def _check_init(config: PeftConfig) -> None:
+    value = config.init_lora_weights
     if not isinstance(value, str):
         return
     # PEFT compares some names with `startswith` and some in any case, so all are refused in the widest sense.
@@ -314,11 +327,11 @@ def _check_targets(config: PeftConfig) -> None:
             )
 
 
-def _check_unknown(extra: Mapping[str, Any]) -> None:
+def _check_unknown(config: PeftConfig) -> None:
     """Raises InvalidAdapter that names all unknown fields with a value."""
     unknown = {
         field: value
-        for field, value in extra.items()
+        for field, value in (config.model_extra or {}).items()
         if field not in _TRAINERS_FIELDS
         and (field, value) != ("swift_type", "LORA")
         and not (value is None or value is False or value in ("", [], {}))
@@ -331,6 +344,9 @@ def _check_unknown(extra: Mapping[str, Any]) -> None:
             f"has fields that are unknown to this server and may change what the adapter computes: "
             f"{', '.join(named)}{more}; remove those that do not, or update the server",
         )
+
+
+_OTHER_CHECKS = (_check_variant, _check_init, _check_targets, _check_unknown)
 
 
 def _check_number(field: str, key: str, number: object) -> None:

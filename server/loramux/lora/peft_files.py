@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.base import NOTHING_KNOWN, Base
-from loramux.lora.chat_template import own_chat_template
+from loramux.lora.chat_template import own_chat_template, same_template
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.header import TensorEntry
 from loramux.lora.limits import ReadLimits
@@ -26,7 +26,7 @@ from loramux.lora.roots import WEIGHTS_FILE
 from loramux.lora.saved import check_saved
 from loramux.lora.selection import Selection
 from loramux.lora.snapshot import FolderSnapshot, take_snapshot
-from loramux.lora.warnings import warnings_of
+from loramux.lora.warnings import OTHER_TEMPLATE, warnings_of
 from loramux.ops.site import Site
 
 _DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,12 +78,13 @@ class SiteFactors:
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFiles:
     """A checked adapter. `factors` are in the order of the sites' indices, views into one host buffer; `warnings` are
-    sentences about what can be served and is hardly meant."""
+    sentences about what can be served and is hardly meant; `chat_template` is its own, if it is to be used."""
 
     config: PeftConfig
     digest: str
     factors: tuple[SiteFactors, ...]
     warnings: tuple[str, ...] = ()
+    chat_template: str | None = None
 
     @property
     def mixable(self) -> bool:
@@ -117,8 +118,17 @@ def read_adapter(
     for module, site in by_module.items():
         _check_selected(paths[module], parts[module], selected, config)
         factors.append(_site_factors(site, paths[module], parts[module], snapshot, config, limits))
-    told = warnings_of(config, selected, paths, factors, sites, base, own_chat_template(folder))
-    return AdapterFiles(config, snapshot.digest, tuple(sorted(factors, key=lambda f: f.site.index)), (*notes, *told))
+    template = own_chat_template(folder)
+    if template is not None and (same_template(template, base.chat_template) or not template.strip()):
+        template = None
+    told = warnings_of(config, selected, paths, factors, sites, base)
+    if template is not None and base.check_template is None:
+        told.append(OTHER_TEMPLATE)
+        template = None
+    elif template is not None and base.check_template is not None:
+        base.check_template(template)
+    in_order = tuple(sorted(factors, key=lambda f: f.site.index))
+    return AdapterFiles(config, snapshot.digest, in_order, (*notes, *told), template)
 
 
 def _paths(key: FactorKey, site: Site) -> tuple[str, ...]:

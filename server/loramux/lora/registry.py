@@ -54,6 +54,7 @@ class AdapterRegistry:
         self._listeners: list[Listener] = []
         self._ordered: list[tuple[str, str]] | None = []  # name and uid of all, sorted; None: to be sorted again
         self._near = NearNames()
+        self.private: tuple[str, ...] = ()  # folders whose paths no request's error may tell
         self.unfit: Mapping[str, str] = {}  # folders that cannot be served, by name, and why (lora.scan)
 
     # What there is.
@@ -77,6 +78,10 @@ class AdapterRegistry:
             return f"that is no adapter's name: {NAME_RULE}"
         near = self._near.of(name)
         return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+    def by_uid(self, uid: str) -> AdapterEntry | None:
+        """The version, as long as there is anything of it."""
+        return self._entries.get(uid)
 
     def loading(self, name: str) -> AdapterEntry | None:
         """The load that runs for `name`: a first one or a replacement."""
@@ -110,7 +115,7 @@ class AdapterRegistry:
         for entry in entries:
             if entry.state is State.FAILED:
                 assert entry.error is not None
-                raise _unavailable(entry.name, entry.error.message, entry.error.metadata["cause"])
+                raise self._for_clients(entry.name, entry.error)
         leases = []
         for entry in entries:
             entry.last_used_at = self._clock()
@@ -139,7 +144,8 @@ class AdapterRegistry:
         """
         assert self.loading(name) is None, f"{name} is being loaded"
         current = self._names.get(name)
-        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED, managed=managed)
+        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, digest, State.REGISTERED)
+        entry.managed, entry.fixed = managed, bool(digest)
         self._keep(entry)
         self._give_name(entry)
         self._changed(entry)
@@ -147,10 +153,12 @@ class AdapterRegistry:
             self._retire(current)
         return entry
 
-    def begin(self, name: str, source: str, *, pinned: bool = False, managed: bool = False) -> AdapterEntry:
+    def begin(
+        self, name: str, source: str, *, pinned: bool = False, managed: bool = False, fixed: bool = False
+    ) -> AdapterEntry:
         """A LOADING entry. A READY or REGISTERED one of the name serves until `ready`; a FAILED one is forgotten."""
         assert self.loading(name) is None, f"{name} is being loaded already"
-        entry = AdapterEntry(name=name, uid=uuid.uuid4().hex, source=source, pinned=pinned, managed=managed)
+        entry = AdapterEntry(name, uuid.uuid4().hex, source, pinned, managed=managed, fixed=fixed)
         current = self._names.get(name)
         if current is not None and current.state is State.FAILED:
             self._drop(current)
@@ -210,6 +218,7 @@ class AdapterRegistry:
         entry.target_modules = tuple(loaded.target_modules)
         entry.site_count = loaded.site_count
         entry.mixable = loaded.mixable
+        entry.chat_template = loaded.chat_template
         warnings = (*loaded.warnings, *((entry.notice,) if entry.notice else ()))
         if warnings != entry.warnings:  # else it was read again, and they were told
             entry.warnings = warnings
@@ -231,7 +240,7 @@ class AdapterRegistry:
         if _stays(error, entry) and not entry.held:
             entry.state, entry.error = State.FAILED, told
             self._changed(entry)
-        self.tiers.failed(entry, told if isinstance(error, InvalidAdapter) else error)
+        self.tiers.failed(entry, self._for_clients(entry.name, told if isinstance(error, InvalidAdapter) else error))
 
     def fail(self, uid: str, error: LoramuxError) -> AdapterEntry:
         """LOADING → FAILED with the reason; requests that wait for it see `error`.
@@ -249,8 +258,19 @@ class AdapterRegistry:
             del self._replacing[entry.name]
             self._forget(entry)
         self._changed(entry)
-        self.tiers.failed(entry, entry.error)
+        self.tiers.failed(entry, self._for_clients(entry.name, entry.error))
         return entry
+
+    def _for_clients(self, name: str, error: LoramuxError) -> LoramuxError:
+        """A new error of the same meaning, without the server's paths: those are for operators."""
+        text = error.message
+        for path in self.private:
+            text = text.replace(f"{path}/", "").replace(path, "(on the server)")
+        if isinstance(error, AdapterUnavailable):
+            return AdapterUnavailable(text, reason=error.reason, metadata=error.metadata)
+        if isinstance(error, PathNotAllowed):
+            return PathNotAllowed(text, metadata={"adapter": name})
+        return error
 
     def unload(self, name: str) -> AdapterEntry:
         """Take the name away: READY or REGISTERED → DRAINING, and UNLOADED at once if no request holds it; FAILED →

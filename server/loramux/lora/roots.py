@@ -57,12 +57,12 @@ def check_path(text: str, field: str, hint: str) -> None:
 
 
 class AdapterRoots:
-    """The allowed roots, resolved once. Immutable; safe in any thread."""
+    """The allowed roots, resolved once; `allowed` has the hub's cache, too. Immutable; safe in any thread."""
 
     def __init__(self, paths: Sequence[Path | str], hub: Hub | None = None) -> None:
         self.paths: tuple[Path, ...] = tuple(dict.fromkeys(Path(os.path.realpath(p)) for p in paths))
         self._hub = hub
-        self._allowed = self.paths if hub is None else (*self.paths, Path(os.path.realpath(hub.cache)))
+        self.allowed = self.paths if hub is None else (*self.paths, Path(os.path.realpath(hub.cache)))
 
     def check(self) -> None:
         """Raise StartupError unless every root is a folder that can be listed."""
@@ -93,12 +93,12 @@ class AdapterRoots:
         inside = False
         for path in searched:
             real = real_path(path)
-            if root_of(real, self._allowed) is None:
+            if root_of(real, self.allowed) is None:
                 continue
             inside = True
             if _is_folder(real, source):
                 self._check_files(real)
-                return AdapterFolder(real, self._allowed)
+                return AdapterFolder(real, self.allowed)
         if searched and not inside:
             raise not_allowed(source, self.paths)
         raise InvalidAdapter(
@@ -124,7 +124,7 @@ class AdapterRoots:
 
     def _check_files(self, folder: Path) -> None:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if root_of(real_path(folder / name), self._allowed) is None:
+            if root_of(real_path(folder / name), self.allowed) is None:
                 raise not_allowed(str(folder / name), self.paths)
 
     def _listed(self) -> str:

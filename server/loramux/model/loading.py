@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from loramux.model.sources import TensorSource, open_source
 from loramux.model.step import Step
 from loramux.model.surgery import connect, place_sites
 from loramux.model.tokenizer import Tokenizer
-from loramux.model.weights import SiteChange, WeightReader, buffers, fill, parameters, untie
+from loramux.model.weights import SiteChange, StoredWeights, WeightReader, buffers, fill, parameters, untie
 from loramux.ops.backend import Backend
 from loramux.ops.paged import LayerCache
 from loramux.ops.select import select_backend
@@ -57,7 +57,7 @@ def load_model(
     progress: Progress | None = None,
     compiling: Progress | None = None,
     revision: str | None = None,
-    merging: Callable[[Sequence[Site]], SiteChange] | None = None,
+    merging: Callable[[Sequence[Site], Mapping[str, torch.Tensor]], SiteChange] | None = None,
 ) -> LoadedModel:
     """Load `source` (see `sources.open_source`) with its decoder's linear layers in NF4 (those of a merged folder stay
     dense: `sources.TensorSource.merged`).
@@ -65,9 +65,9 @@ def load_model(
     device: "auto", "cpu" or "cuda"; dtype: "auto" (bf16), "bf16", "fp16", "fp32": what activations, KV cache and
     adapters are computed in. max_context lowers the model's own limit and never raises it. batch_invariant refuses
     operations whose results depend on the rest of the batch. progress(done, total) is called after each tensor,
-    compiling(done, total) after each file if native operations are compiled. merging(sites) gives what to merge into
-    the layers; those that it changes are dense. Raises StartupError (bad source or device, too little memory) or
-    UnsupportedModel (cannot be served), with the reason; InvalidAdapter for what cannot be merged.
+    compiling(done, total) after each file if native operations are compiled. merging(sites, dense weights) gives
+    what to merge into the layers; those that it changes are dense. Raises StartupError (bad source or device, too
+    little memory) or UnsupportedModel (cannot be served), with the reason; InvalidAdapter for what cannot be merged.
     """
     place = pick_device(device)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -83,7 +83,8 @@ def load_model(
     reader = WeightReader(opened, skeleton)
     untie(skeleton, reader)
     total = len(linears) + len(parameters(skeleton))
-    change = None if merging is None else merging([linear.site for linear in linears])
+    stored = StoredWeights(reader, skeleton, compute)
+    change = None if merging is None else merging([linear.site for linear in linears], stored)
     done = 0
     try:
         for done, _ in enumerate(fill(skeleton, linears, reader, compute, place, change), 1):

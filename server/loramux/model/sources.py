@@ -98,7 +98,10 @@ class FolderSource(TensorSource):
                 with safe_open(path, framework="pt") as opened:
                     files.update(dict.fromkeys(opened.keys(), path))
             except (SafetensorError, OSError) as error:
-                raise StartupError(f"{self.name}: {path.name} is not a readable safetensors file: {error}") from error
+                raise StartupError(
+                    f"{self.name}: {path.name} is not a readable safetensors file: {error}; if it was "
+                    "downloaded, fetch it again"
+                ) from error
         if not files:
             pickled = [p.name for p in folder.glob("*.bin")]
             hint = (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -13,13 +16,15 @@ import tokenizers
 from jinja2.exceptions import TemplateError
 
 from loramux.errors import InvalidRequest
-from loramux.model.control_tokens import ControlTokens
+from loramux.model.control_tokens import ControlTokens, control_texts, encode
+from loramux.model.renderer import TemplateRenderer
 
 AtLeast = Callable[[int], None]  # told how many tokens a text has at least, as that becomes known; raises to stop
 
 _PIECE = 32 << 10  # characters
 _RENDER_SECONDS = 5.0  # of the thread's own time; a thousand turns take some hundredths
 _LEAST_LONGEST = 16  # characters of the longest token, where a vocabulary is no measure: of bytes, say
+_MOST_CONTROLS = 8  # copies of the tokenizer for templates with control tokens of their own
 _COMPOSED = 4  # most characters that a normalizer makes one of: α and three marks
 # What a template raises on turns that it was not written for, beside its own errors.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -30,16 +35,15 @@ def _go_on(tokens: int) -> None:
 
 
 class Tokenizer:
-    """Wraps a transformers fast tokenizer. Thread-safe for encoding; holds no per-request state.
-
-    The Rust tokenizer is called directly, and by `encode_batch_fast`: `encode` holds the interpreter's lock as long as
-    it works.
-    """
+    """Wraps a transformers fast tokenizer. Thread-safe for encoding; holds no per-request state."""
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self._hf = hf_tokenizer
+        self.renderer: TemplateRenderer | None = None  # of adapters' templates
         self.backend.no_truncation()
         self.backend.no_padding()
+        self._controls: OrderedDict[str, ControlTokens] = OrderedDict()  # by templates of adapters
+        self._lock = threading.Lock()
         self._control = ControlTokens(self.backend, self._template, hf_tokenizer.all_special_tokens)
         longest = max(map(len, self.backend.get_vocab()), default=1)
         composed = 1 if self.backend.normalizer is None else _COMPOSED
@@ -74,18 +78,25 @@ class Tokenizer:
         With `parse_special`, the text of a special token is that token; without, it is text like any other. A long
         text is counted in pieces first, `at_least` being asked after each.
         """
-        return self._ids(self.backend if parse_special else self._control.marked, text, True, at_least)
+        return self._ids(self._parsed if parse_special else self._control.encode, text, True, at_least)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on) -> list[int]:
-        """Ids of a conversation in the base's chat template (rendered by transformers in Jinja's sandbox), ending
-        where the assistant's answer begins. The text of a control token in a turn's content is text like any other.
-        Raises InvalidRequest if there is no template or it refuses the turns."""
-        if not self._hf.chat_template:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on, template: str | None = None
+    ) -> list[int]:
+        """Ids of a conversation in the base's chat template (rendered by transformers in Jinja's sandbox), or in an
+        adapter's `template` (by `renderer`), ending where the assistant's answer begins. The text of a control token
+        in a turn's content is text like any other. Raises InvalidRequest if there is no template or it refuses the
+        turns."""
+        render, control = partial(self._render, at_least=at_least), self._control
+        if template is not None:
+            assert self.renderer is not None, "templates of adapters are used only with what renders them"
+            render, control = partial(self.renderer.render, template), self._control_of(template)
+        elif not self._hf.chat_template:
             raise InvalidRequest("chat", "this base model has no chat template; send `prompt` instead")
         contents = [turn["content"] for turn in messages]
-        if not self._control.in_contents(contents):
-            return self._ids(self.backend, self._render(messages, at_least), False, at_least)
-        return self._ids(self._control.marked, self._marked(messages, contents, at_least), False, at_least)
+        if not control.in_contents(contents):
+            return self._ids(self._parsed, render(messages), False, at_least)
+        return self._ids(control.encode, _marked(messages, contents, render, control), False, at_least)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 becomes U+FFFD."""
@@ -107,41 +118,64 @@ class Tokenizer:
             raise InvalidRequest("chat.messages", f"the base's chat template refuses them: {error}") from error
         return text
 
-    def _marked(self, messages: Sequence[Mapping[str, str]], contents: list[str], at_least: AtLeast) -> str:
-        """The rendered conversation for `ControlTokens.marked`: marks where the template wrote control tokens.
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """What templates may name: bos_token, eos_token and the like."""
+        return {name: str(text) for name, text in self._hf.special_tokens_map.items() if isinstance(text, str)}
 
-        The template gets the contents with one character of each control token's text disguised, which it hands on
-        whatever it does with them. If that changes what it does, it looks for such texts in contents itself, as it may
-        for "</think>": tokens that are not special are then left to it.
-        """
-        control = self._control
-        plain = self._render(messages, at_least)
-        masks = control.masks(plain, *contents)
-        unmask = str.maketrans({mask: first for first, mask in masks.items()})
+    def _control_of(self, template: str) -> ControlTokens:
+        """The control tokens with an adapter's template; the base's own unless it writes others."""
+        more = self._hf.all_special_tokens
+        with self._lock:
+            if (found := self._controls.get(template)) is None:
+                same = control_texts(self.backend, template, more) == self._control.texts
+                found = self._control if same else ControlTokens(self.backend, template, more)
+                self._controls[template] = found
+                if len(self._controls) > _MOST_CONTROLS:
+                    self._controls.popitem(last=False)
+            return found
 
-        def disguised(but: frozenset[str]) -> str:
-            masked = control.disguise(contents, masks, but)
-            return self._render([{**m, "content": c} for m, c in zip(messages, masked, strict=True)], at_least)
+    def _parsed(self, text: str, add_special_tokens: bool) -> list[int]:
+        return encode(self.backend, text, add_special_tokens)
 
-        text = disguised(frozenset())
-        if text.translate(unmask) != plain:
-            found = frozenset(control.found(contents))
-            looked_for = {t for t in found - control.special if disguised(found - {t}).translate(unmask) != plain}
-            text = disguised(frozenset(looked_for))
-        return control.mark(text).translate(unmask)
-
-    def _ids(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool, at_least: AtLeast) -> list[int]:
-        if len(text) > _PIECE:
-            self._count(backend, text, at_least)
-        return _encode(backend, text, add_special_tokens)
-
-    def _count(self, backend: tokenizers.Tokenizer, text: str, at_least: AtLeast) -> None:
-        """Tell `at_least` about more and more of the text. A cut may make more tokens of the one that it goes through,
-        never more than that has characters."""
+    def _ids(
+        self, encode: Callable[[str, bool], list[int]], text: str, add_special_tokens: bool, at_least: AtLeast
+    ) -> list[int]:
+        """A long text is counted in pieces first. A cut may make more tokens of the one that it goes through, never
+        more than that has characters."""
         tokens = 0
-        for start in range(0, len(text), _PIECE):
-            tokens += len(_encode(backend, text[start : start + _PIECE], False)) - self._longest
+        for start in range(0, len(text) if len(text) > _PIECE else 0, _PIECE):
+            tokens += len(encode(text[start : start + _PIECE], False)) - self._longest
             at_least(tokens)
+        return encode(text, add_special_tokens)
+
+
+def _marked(
+    messages: Sequence[Mapping[str, str]],
+    contents: list[str],
+    render: Callable[[Sequence[Mapping[str, str]]], str],
+    control: ControlTokens,
+) -> str:
+    """The rendered conversation for `ControlTokens.encode`: marks where the template wrote control tokens.
+
+    The template gets the contents with one character of each control token's text disguised, which it hands on
+    whatever it does with them. If that changes what it does, it looks for such texts in contents itself, as it may
+    for "</think>": tokens that are not special are then left to it.
+    """
+    plain = render(messages)
+    masks = control.masks(plain, *contents)
+    unmask = str.maketrans({mask: first for first, mask in masks.items()})
+
+    def disguised(but: frozenset[str]) -> str:
+        masked = control.disguise(contents, masks, but)
+        return render([{**m, "content": c} for m, c in zip(messages, masked, strict=True)])
+
+    text = disguised(frozenset())
+    if text.translate(unmask) != plain:
+        found = frozenset(control.found(contents))
+        looked_for = {t for t in found - control.special if disguised(found - {t}).translate(unmask) != plain}
+        text = disguised(frozenset(looked_for))
+    return control.mark(text).translate(unmask)
 
 
 @contextmanager
@@ -169,11 +203,6 @@ def _interrupted(at_least: AtLeast) -> Iterator[None]:
         sys.settrace(before)
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-    return ids
-
-
 class IdsOnly:
     """Stands in where a model comes without tokenizer: token ids are served, text is refused."""
 
@@ -191,6 +220,8 @@ class IdsOnly:
         """Raises InvalidRequest."""
         raise InvalidRequest("prompt", "this base model has no tokenizer; send `token_ids`")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], at_least: AtLeast = _go_on, template: str | None = None
+    ) -> list[int]:
         """Raises InvalidRequest."""
         raise InvalidRequest("chat", "this base model has no tokenizer; send `token_ids`")

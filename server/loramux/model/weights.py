@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -214,6 +214,30 @@ def untie(model: PreTrainedModel, reader: WeightReader) -> None:
 def _all_equal(reader: WeightReader, keys: list[str]) -> bool:
     first = reader.dense(keys[0])
     return all(torch.equal(first, reader.dense(key)) for key in keys[1:])
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The dense weights of a base by the names of its skeleton, each read when it is asked for, in `dtype`."""
+
+    def __init__(self, reader: WeightReader, model: nn.Module, dtype: torch.dtype) -> None:
+        self._reader = reader
+        self._dtype = dtype
+        # A tied weight is stored under one of its names.
+        self._stored = {
+            name: key
+            for names, _ in parameters(model)
+            if (key := next((n for n in names if reader.find(n) is not None), None)) is not None
+            for name in names
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.dense(self._stored[name]).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

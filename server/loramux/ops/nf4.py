@@ -19,7 +19,13 @@ from torch import Tensor
 # Its CPU backend warns at import that the package `kernels` is missing. It must stay missing: with it, importing
 # bitsandbytes would fetch native code from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-from bitsandbytes import functional as bnb  # noqa: E402
+# At import it hands functions to torch.compile, which would load torch's compiler at every start and run a C++ compiler
+# for each new shape of a weight whose rows are no multiple of a block, while requests wait. Uncompiled they do as well.
+_compile, torch.compile = torch.compile, lambda function, **options: function  # type: ignore[assignment]
+try:
+    from bitsandbytes import functional as bnb
+finally:
+    torch.compile = _compile
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from loramux.engine.client import EngineClient
@@ -99,9 +99,12 @@ class Admission:
         metrics: Metrics,
         check_open: Callable[[], None],
         merged: MergedOnly,
+        chat_template: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> None:
-        """`check_open` raises what requests are refused with while the server starts or drains."""
+        """`check_open` raises what requests are refused with while the server starts or drains. `chat_template(uid)` is
+        an adapter's own, if those are used."""
         self._merged = merged
+        self._chat_template = chat_template
         self._engine = engine
         self._bounds = sizes.bounds(engine.limits)
         self._check_open = check_open
@@ -165,7 +168,10 @@ class Admission:
     ) -> Request:
         sampling = convert.sampling(message.sampling)
         check_sampling(sampling, self._engine.limits)
-        ids = tuple(await self._tokenizing.ids(message))
+        template = None
+        if self._chat_template is not None and message.HasField("chat") and len(record.adapters) == 1:
+            template = await self._chat_template(record.adapters[0].handle.uid)
+        ids = tuple(await self._tokenizing.ids(message, template))
         priority = message.priority
         check_request(
             sampling,

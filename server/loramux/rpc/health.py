@@ -65,6 +65,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             raise UnknownService(f"this port does not serve {request.service[:128]!r}; it serves {self._services[1]}")
         return Status(status=self._status(request.service))
 
+    async def List(self, request: Any, context: Context) -> Any:
+        now = {service: Status(status=self._status(service)) for service in self._services}
+        listed: Any = health_pb2  # its type stubs are older than this method
+        return listed.HealthListResponse(statuses=now)
+
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         with self._watchers.one():
             await self._watch(request.service, context)

@@ -89,6 +89,8 @@ class Tokenizer(Protocol):
         """Ids of a text; with `parse_special`, a special token's text in it is that token."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_least: Callable[[int], None]) -> list[int]:
-        """Ids of a conversation in the base's chat template. Raises InvalidRequest without one."""
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], at_least: Callable[[int], None], template: str | None = None
+    ) -> list[int]:
+        """Ids of a conversation in `template`, or in the base's. Raises InvalidRequest without one."""
         ...

@@ -102,7 +102,13 @@ class Server:
         settings, parts = self._settings, self._parts
         merged = MergedOnly(parts.model.merged_adapter)
         admission = Admission(
-            parts.engine, parts.adapters.registry, self._tokenizing, self.metrics, self._check_open, merged
+            parts.engine,
+            parts.adapters.registry,
+            self._tokenizing,
+            self.metrics,
+            self._check_open,
+            merged,
+            parts.adapters.chat_template if settings.adapter_chat_templates else None,
         )
         generation = GenerationServicer(parts.engine, admission, parts.model, send_timeout=settings.send_timeout)
         adapters = AdapterServicer(

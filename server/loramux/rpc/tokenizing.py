@@ -37,19 +37,29 @@ class Tokenizing:
         self._max_waiting = max_waiting
         self._places = threading.Semaphore(max_waiting)
 
-    async def ids(self, message: pb.GenerateRequest | pb.CountTokensRequest) -> list[int]:
-        """The ids of a message's input. Raises InvalidRequest or Overloaded."""
+    async def ids(self, message: pb.GenerateRequest | pb.CountTokensRequest, template: str | None = None) -> list[int]:
+        """The ids of a message's input; `template` is a chat's, in place of the base's.
+
+        Raises InvalidRequest or Overloaded.
+        """
         field = convert.input_field(message)
         if field == "token_ids":
             return list(message.token_ids.ids)
         if field == "chat":
             turns = convert.chat(message.chat)
             chars = sum(len(turn["content"]) for turn in turns)
-            return await self._run(lambda at_least: self._tokenizer.encode_chat(turns, at_least), field, chars)
+            return await self._run(
+                lambda at_least: self._tokenizer.encode_chat(turns, at_least, template),
+                field,
+                chars,
+                patient=template is not None,  # what comes with an adapter may take its time
+            )
         text, parse_special = message.prompt, convert.parse_special(message)
         return await self._run(lambda at_least: self._tokenizer.encode(text, parse_special, at_least), field, len(text))
 
-    async def _run(self, work: Callable[[AtLeast], list[int]], field: str, chars: int) -> list[int]:
+    async def _run(
+        self, work: Callable[[AtLeast], list[int]], field: str, chars: int, patient: bool = False
+    ) -> list[int]:
         max_context, longest = self._limits.max_context, self._tokenizer.longest_token
         if chars > max_context * longest:
             raise prompt_too_long(field, chars // longest, max_context, or_more=True)
@@ -67,7 +77,7 @@ class Tokenizing:
             if tokens > self._limits.longest_prompt:
                 raise prompt_too_long(field, tokens, max_context, or_more=True)
 
-        future = (self._long if chars > _LONG else self._short).submit(chars, lambda: work(at_least))
+        future = (self._long if patient or chars > _LONG else self._short).submit(chars, lambda: work(at_least))
         # The place is free when the thread is done, not when the caller goes away: what has begun goes on for a moment.
         future.add_done_callback(lambda _: self._places.release())
         try:
@@ -90,16 +100,21 @@ class _Worker:
     def __init__(self, name: str) -> None:
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
         self._serial = itertools.count()
+        self._closed = False
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, chars: int, work: Callable[[], list[int]]) -> Future[list[int]]:
         """What comes of `work`; may be cancelled until it has begun."""
         future: Future[list[int]] = Future()
-        self._jobs.put((chars, next(self._serial), work, future))
+        if self._closed:
+            future.cancel()
+        else:
+            self._jobs.put((chars, next(self._serial), work, future))
         return future
 
     def close(self) -> None:
-        """Cancel what waits; the thread ends after what it is at."""
+        """Cancel what waits and what comes; the thread ends after what it is at."""
+        self._closed = True
         self._jobs.put((-1, next(self._serial), None, Future()))
 
     def _run(self) -> None:

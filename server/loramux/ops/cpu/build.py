@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from loramux.cache import cache_root as _cache
 from loramux.children import Children
 from loramux.errors import StartupError
 
@@ -59,7 +60,7 @@ ISA_VARIABLE = "LORAMUX_ISA"
 
 _SCRATCH = ".compiling-"
 _ALONE = "loramux-native-"
-_COMPILE_SECONDS = 900.0  # for one file, on a slow and busy machine
+_COMPILE_SECONDS = 300.0  # for one file, on a slow and busy machine
 _WAIT_SECONDS = 3600.0  # for another process that compiles the same
 _LOOK_SECONDS = 0.2
 
@@ -139,19 +140,18 @@ def library(progress: Progress | None = None) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler (install g++)")
-    target = _cache() / "native" / f"libloramux_cpu-{_fingerprint(compiler)}.so"
+    name = f"libloramux_cpu-{_fingerprint(compiler)}.so"
     try:
-        return _kept(target, compiler, progress)
+        return _kept(_cache() / "native" / name, compiler, progress)
     except OSError as error:
         log.warning(
-            "the cache folder %s cannot be used (%s): the native CPU operations are compiled for this process alone, "
-            "and again at every start; make the folder usable, or name another in LORAMUX_CACHE",
-            target.parent,
-            error.strerror or error,
+            "the cache folder cannot be used (%s): the native CPU operations are compiled for this process alone, and "
+            "again at every start; make the folder usable, or name another in LORAMUX_CACHE",
+            error,
         )
     alone: Path | None = None
     try:
-        alone = Path(tempfile.mkdtemp(prefix=_ALONE)) / target.name
+        alone = Path(tempfile.mkdtemp(prefix=_ALONE)) / name
         compile_to(alone, compiler, progress=progress)
     except BaseException as error:
         if alone is not None:
@@ -192,7 +192,7 @@ def _kept(target: Path, compiler: str, progress: Progress | None) -> Path:
 
 def _check_safe(folder: Path) -> None:
     """Raises PermissionError if anybody else could put a library into `folder`, or another folder in its place."""
-    for path in (folder, folder.parent):
+    for path in (folder, folder.parent, folder.resolve().parent):
         found = path.stat()
         if found.st_uid not in (0, os.geteuid()):
             raise PermissionError(errno.EPERM, f"{path} belongs to another user")
@@ -334,10 +334,6 @@ def _fingerprint(compiler: str) -> str:
     for source in sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("LORAMUX_CACHE") or Path.home() / ".cache" / "loramux")
 
 
 def _threads() -> int:
