@@ -43,6 +43,8 @@ SELECTIONS: list[dict[str, Any]] = [
     {"target_modules": [Q0, "k_proj"], "layers_to_transform": [1]},
     {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["self_attn"]},
     {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["score", "q_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": [r"layers\.1", "mlp.up"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": [r".*0"]},
 ]
 
 

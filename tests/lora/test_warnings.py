@@ -68,6 +68,7 @@ FEWER: dict[str, tuple[dict[str, Any], str]] = {
     "all-linear": ({"target_modules": "all-linear"}, "for 13 of the 14 layers"),
     "a pattern": ({"target_modules": r".*\.[qv]_proj"}, "(q_proj, v_proj;"),
     "not set": ({"target_modules": None}, "not set"),
+    "the output head": ({"target_modules": [Q0, "lm_head", "model.embed_tokens"]}, "embed_tokens, lm_head"),
 }
 
 

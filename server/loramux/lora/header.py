@@ -49,6 +49,10 @@ def header_length(start: bytes, file_bytes: int, limits: ReadLimits) -> int:
         what = describe(start)
         if what is not None:
             raise _corrupt(what)
+        if start[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" and (
+            int.from_bytes(start[:LENGTH_BYTES], "big") <= file_bytes - LENGTH_BYTES
+        ):
+            raise _corrupt("has its header's length in big-endian byte order; write it with safetensors' save_file")
     if len(start) < LENGTH_BYTES:
         raise _corrupt(f"has {file_bytes} bytes, too few for a header; it was cut off")
     if length > limits.header_bytes:

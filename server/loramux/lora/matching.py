@@ -25,7 +25,7 @@ _PEFT_PREFIX = re.compile(r"(?:^|.*?\.)base_model\.model\.")
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # What a multimodal model calls its language model inside a path.
 _TOWERS = frozenset({"language_model", "text_model", "text_decoder", "language_decoder", "llm"})
-_HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"})
+HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"})
 
 # What a key that is no factor of a linear layer tells, and the way out.
 _REFUSED_KEYS = (
@@ -106,7 +106,7 @@ def parse_key(key: str) -> FactorKey:
             "the adapter with PEFT's save_pretrained(..., save_embedding_layers=False), trained with bias='none' and "
             "without modules_to_save",
         )
-    if match["module"].rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
+    if match["module"].rpartition(".")[2] in HEADS_AND_EMBEDDINGS:
         raise _unsupported(
             key,
             "targets an embedding or the output head, which all adapters share; train with linear layers only, e.g. "

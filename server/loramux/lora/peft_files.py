@@ -300,6 +300,8 @@ def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:
 
 def _numbers(first: TensorEntry, snapshot: FolderSnapshot, nbytes: int) -> Tensor:
     dtype = _DTYPES[first.dtype]
+    if nbytes == 0:  # a shard that holds nothing of a tensor; frombuffer refuses it
+        return torch.empty(0, dtype=dtype)
     return torch.frombuffer(snapshot.weights, dtype=dtype, count=nbytes // dtype.itemsize, offset=first.start)
 
 
@@ -322,4 +324,4 @@ def _check_finite(snapshot: FolderSnapshot) -> None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or Inf; in one pass without a temporary, since aminmax hands NaN on."""
-    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
+    return tensor.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
