@@ -19,7 +19,7 @@ from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, AdapterRoots
 
 from tests.lora.fakes import FakeAdapter, FakeReader
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(300)
 STILL = 3  # looks from a change until it is taken over: one that sees it, two that find it as it was
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, cast
 
@@ -188,16 +188,17 @@ def parse_config(data: bytes) -> PeftConfig:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
         raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
-    problems = []
-    for check in (_check_peft_type, *_FIELD_CHECKS, _check_variant, _check_init, _check_unknown):
+    refusals: list[InvalidAdapter] = []
+    checks: tuple[Callable[[PeftConfig], None], ...] = (_check_peft_type, *_FIELD_CHECKS, *_OTHER_CHECKS)
+    for check in checks:
         try:
             check(config)
         except InvalidAdapter as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:  # at once: nobody mends a file one error a try
-        raise InvalidAdapter(CONFIG_FILE, "; ".join(p.message for p in problems), reason="UNSUPPORTED_ADAPTER")
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
+    if refusals:  # at once: nobody mends a file one error a try
+        raise InvalidAdapter(CONFIG_FILE, "; ".join(r.message for r in refusals), reason="UNSUPPORTED_ADAPTER")
     return config
 
 
@@ -340,6 +341,9 @@ def _check_unknown(config: PeftConfig) -> None:
             f"has fields that are unknown to this server and may change what the adapter computes: "
             f"{', '.join(named)}{more}; remove those that do not, or update the server",
         )
+
+
+_OTHER_CHECKS = (_check_variant, _check_init, _check_unknown)
 
 
 def _check_number(field: str, key: str, number: object) -> None:
