@@ -194,6 +194,14 @@ NEIGHBOURS: dict[str, tuple[str, str]] = {
     "DeepSpeed shards": ("global_step500/zero_pp_rank_0.pt", "stage3_gather"),
     "diffusers": ("pytorch_lora_weights.safetensors", "diffusers"),
     "GGUF": ("adapter.gguf", "llama.cpp"),
+    "MLX, an older version": ("adapters.npz", "MLX"),
+    "another pickle": ("lora.ckpt", "never opened"),
+    "an archive": ("adapter_model.tar.gz", "unpack it"),
+    "another ending": ("adapter_model.SAFETENSORS", "rename it"),
+    "Megatron's shards": ("iter_0000010/mp_rank_00/model_optim_rng.pt", "in shards"),
+    "rsync, before it renames": (".adapter_model.safetensors.Xy12ab", "has not ended"),
+    "weights in a folder": ("weights/adapter_model.safetensors", "put both files into one folder"),
+    "what trainers save beside": ("optimizer.pt", "save_pretrained writes"),
     "an unfinished download": ("adapter_model.safetensors.incomplete", "has not ended"),
 }
 
@@ -202,9 +210,48 @@ NEIGHBOURS: dict[str, tuple[str, str]] = {
 def test_what_lies_beside_a_missing_file_is_told(tmp_path: Path, file: str, says: str) -> None:
     write(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_bytes(b"")
     refused(tmp_path, f"has no {WEIGHTS_FILE}", says)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    """As a cache that was copied without what its links lead to."""
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    (tmp_path / WEIGHTS_FILE).symlink_to("../../blobs/4d7a")
+    refused(tmp_path, "leads nowhere", "cp -rL")
+
+
+def test_weights_alone_need_their_config(tmp_path: Path) -> None:
+    (write(tmp_path) / CONFIG_FILE).unlink()
+    refused(tmp_path, f"has no {CONFIG_FILE}", "rank and alpha")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2])
+def test_the_command_for_another_dtype_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    write(tmp_path, {key: tensor.to(dtype) for key, tensor in factors(Q0).items()})
+    run_advice(refused(tmp_path, "has dtype").message, tmp_path, monkeypatch)
+    (read,) = read_adapter(tmp_path, SITES, limits=LIMITS).factors
+    assert torch.equal(read.a, factors(Q0)[A].to(dtype).float())
+
+
+VISION = ("base_model.model.model.visual.blocks.0.attn.qkv", "base_model.model.model.multi_modal_projector.linear_1")
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.model.model.language_"])
+def test_other_parts_of_a_multimodal_model_are_told_and_the_command_drops_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    """The first key of the language model was named as one that fits no layer."""
+    both = factors(Q0, prefix=prefix) | {f"{m}.lora_{p}.weight": torch.ones(4, 4) for m in VISION for p in "AB"}
+    write(tmp_path, both, target_modules=["q_proj", "qkv", "linear_1"])
+    error = refused(tmp_path, "visual", "multi_modal_projector", "another part")
+    assert "q_proj" not in error.message
+    run_advice(error.message, tmp_path, monkeypatch)
+    assert len(read_adapter(tmp_path, SITES, limits=LIMITS).factors) == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves closing a file to Python
@@ -281,7 +328,10 @@ def test_a_pipe_or_a_folder_in_a_files_place_does_not_hang(tmp_path: Path, name:
     refused(tmp_path, "not a regular file")
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    refused(tmp_path, "irectory")
+    refused(tmp_path, f"{name}: is a folder")
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(name)
+    refused(tmp_path, name, "leads in a circle")
 
 
 @pytest.mark.parametrize(
@@ -425,6 +475,12 @@ def test_a_part_of_a_sharded_model_is_told(tmp_path: Path, names: tuple[str, ...
     """ "Trained on another base" and "correct r" sent the user of an FSDP run the wrong way."""
     folder = write(tmp_path, shares(**dict.fromkeys(names, parts)), r=4, lora_bias=True)
     refused(folder, f"1/{parts} of", "FULL_STATE_DICT", "ZeRO-3")
+
+
+def test_a_part_that_does_not_divide_evenly_is_told(tmp_path: Path) -> None:
+    """The first of three processes has six of sixteen rows."""
+    tensors = {k: t[:6].contiguous() if "lora_B" in k else t for k, t in factors(Q0).items()}
+    refused(write(tmp_path, tensors), "1/3 of", "FULL_STATE_DICT")
 
 
 @pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_"])

@@ -157,7 +157,13 @@ def with_embedding(rows: Tensor, name: str = "model.embed_tokens") -> dict[str, 
     return factors(*ALL_Q) | {f"base_model.model.{name}.weight": rows.contiguous()}
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens", "model.embed_tokens.base_layer", "language_model.embed_tokens"])
+# As a trainer's own checkpoint has a module that PEFT trains as a whole.
+WHOLE = ["model.embed_tokens.original_module", "model.embed_tokens.modules_to_save.default"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens", "model.embed_tokens.base_layer", "language_model.embed_tokens", *WHOLE]
+)
 def test_a_saved_embedding_that_is_the_bases_is_left_out(tmp_path: Path, name: str) -> None:
     write(tmp_path, with_embedding(EMBEDDING, name))
     assert told(tmp_path, KNOWN) == ()
@@ -185,6 +191,7 @@ def test_a_saved_embedding_is_compared_in_the_precision_that_is_served(tmp_path:
         with_embedding(torch.ones(9)),
         with_embedding(NORM * 2, "model.norm"),
         with_embedding(EMBEDDING, "lm_head"),
+        with_embedding(EMBEDDING, "score.modules_to_save.default"),
     ],
 )
 def test_another_saved_tensor_is_refused_and_the_command_drops_it(

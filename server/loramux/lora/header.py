@@ -40,6 +40,14 @@ class TensorEntry:
     nbytes: int
 
 
+_FLOATS = ("F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_TO_FLOAT = (
+    f"Convert it in its folder: python -c \"import safetensors.torch; f = '{WEIGHTS_FILE}'; "
+    'safetensors.torch.save_file({k: v.float() for k, v in safetensors.torch.load_file(f).items()}, f)"'
+)
+_NO_FLOAT = "These are no numbers of a LoRA, or quantized ones: load it in what wrote it, and save it in float32"
+
+
 def header_length(start: bytes, file_bytes: int, limits: ReadLimits) -> int:
     """Bytes of the JSON header, from the file's first START_BYTES. Raises InvalidAdapter if it cannot be true."""
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
@@ -167,8 +175,8 @@ def _entry(key: str, value: object, data: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise InvalidAdapter(
             key,
-            f"has dtype {str(dtype)[:32]!r}; adapters are read in {', '.join(_ITEM_BYTES)}: save it with "
-            "tensor.float()",
+            f"has dtype {str(dtype)[:32]!r}; adapters are read in {', '.join(_ITEM_BYTES)}. "
+            + (_TO_FLOAT if dtype in _FLOATS else _NO_FLOAT),
             reason="UNSUPPORTED_ADAPTER",
         )
     if isinstance(shape, list) and len(shape) > _MAX_DIMS:

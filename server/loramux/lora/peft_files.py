@@ -289,8 +289,9 @@ def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str
 
 
 def _share(found: int, whole: int) -> str | None:
-    """ "1/2" if that is what `found` is of `whole`; None if it is no such fraction."""
-    return f"1/{whole // found}" if 0 < found < whole and whole % found == 0 else None
+    """ "1/2" if that is what `found` is of `whole`, or the first of two parts, rounded up; None if it is none such."""
+    parts = -(-whole // found) if 0 < found < whole else 0
+    return f"1/{parts}" if parts and found == -(-whole // parts) else None
 
 
 def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:
