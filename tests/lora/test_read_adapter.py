@@ -223,6 +223,12 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
     refused(tmp_path, "leads nowhere", "cp -rL")
 
 
+def test_a_repository_of_a_cache_is_told(tmp_path: Path) -> None:
+    for folder in ("blobs", "refs", "snapshots/4d7a"):
+        (tmp_path / folder).mkdir(parents=True)
+    refused(tmp_path, "Hugging Face cache", "snapshots")
+
+
 def test_weights_alone_need_their_config(tmp_path: Path) -> None:
     (write(tmp_path) / CONFIG_FILE).unlink()
     refused(tmp_path, f"has no {CONFIG_FILE}", "rank and alpha")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.snapshot import read_beside
 
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first that is there counts
 _TEMPLATE_BYTES = 1 << 20
 _CONFIG_BYTES = 8 << 20
 _LISTED = 256 << 10  # characters of a list of templates
@@ -17,11 +19,18 @@ _FIELD = re.compile(r'"chat_template"\s*:\s*')
 
 def own_chat_template(folder: AdapterFolder | Path) -> str | None:
     """The template in chat_template.jinja, or else in tokenizer_config.json; None if there is none to be read."""
-    template = read_beside(folder, "chat_template.jinja", _TEMPLATE_BYTES)
+    alone, tokenizer = TEMPLATE_FILES
+    template = read_beside(folder, alone, _TEMPLATE_BYTES)
     if template is not None:
         return template.decode("utf-8", "replace")
-    config = read_beside(folder, "tokenizer_config.json", _CONFIG_BYTES)
+    config = read_beside(folder, tokenizer, _CONFIG_BYTES)
     return None if config is None else _in_tokenizer_config(config.decode("utf-8", "replace"))
+
+
+def template_digest(folder: AdapterFolder | Path) -> str:
+    """What tells one own template from another; empty if there is none. Not part of the adapter's digest."""
+    template = own_chat_template(folder)
+    return "" if template is None else hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
 
 
 def same_template(one: str | None, other: str | None) -> bool:

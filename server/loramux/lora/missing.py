@@ -36,6 +36,11 @@ def missing(opened: OpenedFolder, name: str) -> str:
 def _instead(opened: OpenedFolder, name: str, names: list[str]) -> str:
     if not names:
         return "it is empty"
+    if {"snapshots", "blobs"} <= set(names):
+        return (
+            "it is a repository of a Hugging Face cache: name a folder in its snapshots as the source, or start the "
+            "server with the cache's folder as an --adapter-dir, under which it is found by itself"
+        )
     told = _inner(opened, name, names)
     if name == WEIGHTS_FILE:
         told = told or _weights([n for n in names if n.startswith("adapter_model")])
