@@ -270,7 +270,7 @@ def test_the_command_for_a_pickle_works(tmp_path: Path, monkeypatch: pytest.Monk
     tensors = {key: tensor.t().contiguous().t() for key, tensor in factors(Q0, K0).items()}
     shared = torch.stack([tensors[A], tensors[A]])
     tensors[A], tensors[A.replace("q_proj", "k_proj")] = torch.nn.Parameter(shared[0]), shared[1]
-    torch.save(tensors, tmp_path / name)
+    torch.save(tensors | {"epoch": 3}, tmp_path / name)
     run_advice(refused(tmp_path, "never opened", "weights_only=True").message, tmp_path, monkeypatch)
     read = {f.site.name: f.a for f in read_adapter(tmp_path, SITES, limits=LIMITS).factors}
     assert torch.equal(read[Q0], shared[0])
@@ -509,6 +509,18 @@ def test_one_adapter_for_two_towers_of_one_layer_is_refused(tmp_path: Path) -> N
 def test_wrapped_and_plain_keys_of_one_layer_are_refused(tmp_path: Path) -> None:
     tensors = factors(Q0) | {f"module.{key}": tensor for key, tensor in factors(Q0).items()}
     refused(write(tmp_path, tensors), "same part")
+
+
+@pytest.mark.parametrize("name", ["default", "lora_text", "lora_base", "modules_to_save", "lora_diag"])
+def test_an_adapters_name_in_the_keys_is_any(tmp_path: Path, name: str) -> None:
+    """Some names hold what tells another format."""
+    named = {key.replace(".weight", f".{name}.weight"): tensor for key, tensor in factors(Q0).items()}
+    assert len(read_adapter(write(tmp_path, named, target_modules=["q_proj"]), SITES, limits=LIMITS).factors) == 1
+
+
+def test_a_whole_model_in_the_weights_place_is_told(tmp_path: Path) -> None:
+    """The advice was to drop what is no LoRA, which is all of it."""
+    refused(write(tmp_path, {f"{Q0}.weight": torch.ones(16, 16), "lm_head.weight": torch.ones(4, 16)}), "whole model")
 
 
 OTHER_KEYS = {

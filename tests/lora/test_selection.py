@@ -93,6 +93,15 @@ def test_a_module_that_any_of_its_paths_excludes_is_refused(tmp_path: Path, pref
         read_adapter(tmp_path, SITES, limits=LIMITS)
 
 
+def test_all_but_the_language_model_may_be_excluded(tmp_path: Path) -> None:
+    """By the paths of training, which have a segment that is gone here: every layer was said to be left out."""
+    write(tmp_path, factors(Q0, prefix="base_model.model.language_model."), exclude_modules=r"^(?!language_model\.).*")
+    assert len(read_adapter(tmp_path, SITES, limits=LIMITS).factors) == 1
+    write(tmp_path, factors(Q0, prefix="base_model.model.language_model."), exclude_modules=r".*\.0\..*")
+    with pytest.raises(InvalidAdapter, match="exclude_modules"):
+        read_adapter(tmp_path, SITES, limits=LIMITS)
+
+
 WRITTEN = (
     # Unsloth's and LLaMA-Factory's, for multimodal models: far from what may be tried in any number of steps.
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|"

@@ -246,8 +246,9 @@ def test_a_chat_template_that_is_used_is_checked_at_load_and_no_warning(tmp_path
         ({}, None),
     ],
 )
-def test_a_chat_template_in_the_tokenizers_config(tmp_path: Path, config: object, template: str | None) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json"])
+def test_a_chat_template_in_a_config(tmp_path: Path, file: str, config: object, template: str | None) -> None:
+    (tmp_path / file).write_text(json.dumps(config))
     assert own_chat_template(tmp_path) == template
 
 

@@ -67,7 +67,7 @@ def conversion(source: str) -> str:
     return (
         f'python -c "import torch, safetensors.torch; safetensors.torch.save_file({{k: '
         f"v.detach().clone(memory_format=torch.contiguous_format) for k, v in torch.load({opened}, "
-        f"map_location='cpu', weights_only=True).items()}}, '{WEIGHTS_FILE}')\""
+        f"map_location='cpu', weights_only=True).items() if hasattr(v, 'detach')}}, '{WEIGHTS_FILE}')\""
     )
 
 

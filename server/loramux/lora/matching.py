@@ -16,6 +16,7 @@ _LOWER_CASE = (
     "rename lora_a to lora_A.weight and lora_b to lora_B.weight, both transposed"
 )
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)")
+_NAMED = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)")  # with the adapter's name
 # PEFT writes no ".weight" here; files from other hands may have it.
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 # A module that is trained as a whole: what it was, and what became of it, where a checkpoint was saved without PEFT.
@@ -113,8 +114,9 @@ def parse_key(key: str) -> FactorKey:
     PEFT drops the adapter's name ("lora_A.default.weight") when it saves; files written by hand may still have it.
     Raises InvalidAdapter that names the key.
     """
+    without_name = _NAMED.sub(r"\1", key)
     for mark, message in _REFUSED_KEYS:
-        if mark in key:
+        if mark in without_name:
             raise _unsupported(key, message)
     plain = plain_path(key)
     match = _FACTOR.fullmatch(plain) or _MAGNITUDE.fullmatch(plain)

@@ -105,6 +105,13 @@ def read_adapter(
     snapshot = take_snapshot(folder, limits)
     config = parse_config(snapshot.config)
     keys = [parse_key(entry.key) for entry in snapshot.entries]
+    if keys and all(key.of_base for key in keys):
+        raise InvalidAdapter(
+            WEIGHTS_FILE,
+            f"has no tensors of LoRA but {len(keys)} of a model, e.g. {keys[0].key}: a whole model, or one that the "
+            "adapter was merged into; take what PEFT's save_pretrained wrote before the merge",
+            reason="UNSUPPORTED_ADAPTER",
+        )
     _check_finite(snapshot)
     notes = check_saved(
         [(key, _tensor(e, snapshot)) for key, e in zip(keys, snapshot.entries, strict=True) if key.of_base], base
@@ -114,9 +121,10 @@ def read_adapter(
     parts = _by_module(own)
     paths = {key.module: _paths(key, by_module[key.module]) for key, _ in own}
     selected = config.selection()
+    trained = _as_trained(paths, selected)
     factors = []
     for module, site in by_module.items():
-        _check_selected(paths[module], parts[module], selected, config)
+        _check_selected(paths[module], parts[module], selected, config, trained)
         factors.append(_site_factors(site, paths[module], parts[module], snapshot, config, limits))
     template = own_chat_template(folder)
     if template is not None and (same_template(template, base.chat_template) or not template.strip()):
@@ -137,12 +145,25 @@ def _paths(key: FactorKey, site: Site) -> tuple[str, ...]:
     return tuple(dict.fromkeys((key.module, key.seen, site.name)))
 
 
+def _as_trained(paths: Mapping[str, tuple[str, ...]], selected: Selection) -> int | None:
+    """How many of the paths exclude_modules was written against, None for all: -1 if it leaves out every module by its
+    path in this base, and none by those of training ("all but the language model", where that is all there is here)."""
+    named = list(paths.values())
+    if all(len(names) > 1 and selected.excludes(names[-1]) for names in named):
+        return None if any(selected.excludes(name) for names in named for name in names[:-1]) else -1
+    return None
+
+
 def _check_selected(
-    paths: tuple[str, ...], parts: Mapping[str, TensorEntry], selected: Selection, config: PeftConfig
+    paths: tuple[str, ...],
+    parts: Mapping[str, TensorEntry],
+    selected: Selection,
+    config: PeftConfig,
+    trained: int | None,
 ) -> None:
     """Raises InvalidAdapter if a field leaves the module out: PEFT would not apply its tensors either."""
     key = next(iter(parts.values())).key
-    field = selected.left_out_by(paths)
+    field = selected.left_out_by(paths, trained=trained)
     if field is not None:
         raise InvalidAdapter(
             field,

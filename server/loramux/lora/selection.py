@@ -31,10 +31,14 @@ class Selection:
     layers: frozenset[int] | None = None
     layer_patterns: tuple[re.Pattern[str], ...] = (_ANY_LAYER,)
 
-    def left_out_by(self, paths: Sequence[str]) -> str | None:
+    def excludes(self, path: str) -> bool:
+        """Whether exclude_modules leaves the module at `path` out. Raises as left_out_by."""
+        return _selects(self.excluded, path)
+
+    def left_out_by(self, paths: Sequence[str], *, trained: int | None = None) -> str | None:
         """The field that keeps the module out, None if it is selected. Raises InvalidAdapter for a pattern that takes
-        too long."""
-        if any(_selects(self.excluded, path) for path in paths):
+        too long. Only the first `trained` paths are asked for exclusion."""
+        if any(map(self.excludes, paths[:trained])):
             return "exclude_modules"
         if any(pattern.match(path) for path in paths for pattern in self.replaced):
             return "modules_to_save"
