@@ -43,6 +43,8 @@ SELECTIONS: list[dict[str, Any]] = [
     {"target_modules": [Q0, "k_proj"], "layers_to_transform": [1]},
     {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["self_attn"]},
     {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["score", "q_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": [r"layers\.1", "mlp.up"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": [r".*0"]},
 ]
 
 
@@ -87,6 +89,15 @@ def test_a_config_that_selects_less_than_the_file_holds_is_refused_by_its_field(
 @pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "base_model.model."])
 def test_a_module_that_any_of_its_paths_excludes_is_refused(tmp_path: Path, prefix: str) -> None:
     write(tmp_path, factors(Q0, prefix=prefix), exclude_modules=r"^model\.layers\.0\..*")
+    with pytest.raises(InvalidAdapter, match="exclude_modules"):
+        read_adapter(tmp_path, SITES, limits=LIMITS)
+
+
+def test_all_but_the_language_model_may_be_excluded(tmp_path: Path) -> None:
+    """By the paths of training, which have a segment that is gone here: every layer was said to be left out."""
+    write(tmp_path, factors(Q0, prefix="base_model.model.language_model."), exclude_modules=r"^(?!language_model\.).*")
+    assert len(read_adapter(tmp_path, SITES, limits=LIMITS).factors) == 1
+    write(tmp_path, factors(Q0, prefix="base_model.model.language_model."), exclude_modules=r".*\.0\..*")
     with pytest.raises(InvalidAdapter, match="exclude_modules"):
         read_adapter(tmp_path, SITES, limits=LIMITS)
 
