@@ -204,8 +204,13 @@ class AdminClient(SyncLink):
         timeout: float | None = None,
     ) -> Adapter:
         """Load the folder `source` of the server's roots (empty: the folder `name`); returns when it is ready."""
-        message = adapters_pb2.LoadAdapterRequest(
-            name=name, source=source, replace=replace, pin=pin, validate_only=validate_only
+        message = messages.filled(
+            adapters_pb2.LoadAdapterRequest(),
+            name=name,
+            source=source,
+            replace=replace,
+            pin=pin,
+            validate_only=validate_only,
         )
         return messages.adapter((self._call(self._stub.LoadAdapter, message, timeout)).adapter)
 
@@ -224,7 +229,7 @@ class AdminClient(SyncLink):
 
     def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """One adapter."""
-        message = adapters_pb2.GetAdapterRequest(name=name)
+        message = messages.filled(adapters_pb2.GetAdapterRequest(), name=name)
         return messages.adapter((self._call(self._stub.GetAdapter, message, timeout)).adapter)
 
     def list(self, *, timeout: float | None = None) -> AdapterList:
@@ -240,7 +245,7 @@ class AdminClient(SyncLink):
 
     def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> Adapter:
         """Pin an adapter, so that it is never evicted, or unpin it."""
-        message = adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
+        message = messages.filled(adapters_pb2.UpdateAdapterRequest(), name=name, pinned=pinned)
         return messages.adapter((self._call(self._stub.UpdateAdapter, message, timeout)).adapter)
 
     def merge(
@@ -283,8 +288,13 @@ class AsyncAdminClient(AsyncLink):
         timeout: float | None = None,
     ) -> Adapter:
         """Load the folder `source` of the server's roots (empty: the folder `name`); returns when it is ready."""
-        message = adapters_pb2.LoadAdapterRequest(
-            name=name, source=source, replace=replace, pin=pin, validate_only=validate_only
+        message = messages.filled(
+            adapters_pb2.LoadAdapterRequest(),
+            name=name,
+            source=source,
+            replace=replace,
+            pin=pin,
+            validate_only=validate_only,
         )
         return messages.adapter((await self._call(self._stub.LoadAdapter, message, timeout)).adapter)
 
@@ -303,7 +313,7 @@ class AsyncAdminClient(AsyncLink):
 
     async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """One adapter."""
-        message = adapters_pb2.GetAdapterRequest(name=name)
+        message = messages.filled(adapters_pb2.GetAdapterRequest(), name=name)
         return messages.adapter((await self._call(self._stub.GetAdapter, message, timeout)).adapter)
 
     async def list(self, *, timeout: float | None = None) -> AdapterList:
@@ -319,7 +329,7 @@ class AsyncAdminClient(AsyncLink):
 
     async def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> Adapter:
         """Pin an adapter, so that it is never evicted, or unpin it."""
-        message = adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
+        message = messages.filled(adapters_pb2.UpdateAdapterRequest(), name=name, pinned=pinned)
         return messages.adapter((await self._call(self._stub.UpdateAdapter, message, timeout)).adapter)
 
     def merge(

@@ -38,6 +38,8 @@ class Link:
         self.address = address
         self._timeout = how.get("timeout")
         key = how.get("api_key")
+        if key and not (key.isascii() and key.isprintable()):  # gRPC would show it in its own error
+            raise errors.InvalidRequest("api_key", "must be of visible ASCII characters; a header can hold no others")
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         roots = how.get("root_certificates")
         self._credentials = grpc.ssl_channel_credentials(roots) if how.get("tls") or roots else None
@@ -64,6 +66,12 @@ class Link:
         if isinstance(found, errors.Unreachable):
             return errors.Unreachable(
                 f"no server answers at {self.address}: {found.message}", metadata={"address": self.address}
+            )
+        if isinstance(found, errors.Unimplemented) and details is None:  # gRPC's own answer
+            return errors.Unimplemented(
+                f"what answers at {self.address} serves no such method; a server's public port generates, its admin "
+                "port has the adapters",
+                metadata={"address": self.address},
             )
         return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
+from typing import TypeVar
 
 from loramux.answers import (
     Adapter,
@@ -30,6 +31,8 @@ from loramux.answers import (
 )
 from loramux.errors import InvalidRequest
 from loramux.v1 import adapters_pb2, generation_pb2
+
+M = TypeVar("M")
 
 
 def generate_request(prompt: str | None, given: Generation) -> generation_pb2.GenerateRequest:
@@ -78,10 +81,21 @@ def put_input(
 def unload_request(
     name: str, drain_timeout: float | None, cancel_after_timeout: bool
 ) -> adapters_pb2.UnloadAdapterRequest:
-    """The message; `drain_timeout` in seconds, None: no bound."""
-    message = adapters_pb2.UnloadAdapterRequest(name=name, cancel_after_timeout=cancel_after_timeout)
+    """The message; `drain_timeout` in seconds, None: no bound. Raises InvalidRequest for what cannot be sent."""
+    message = filled(adapters_pb2.UnloadAdapterRequest(), name=name, cancel_after_timeout=cancel_after_timeout)
     if drain_timeout is not None:
-        message.drain_timeout.FromNanoseconds(int(drain_timeout * 1e9))
+        try:
+            message.drain_timeout.FromNanoseconds(int(drain_timeout * 1e9))
+        except (TypeError, ValueError, OverflowError):  # no number, NaN, more than ten thousand years
+            text = f"must be a number of seconds, got {_short(drain_timeout)}; None is as long as it takes"
+            raise InvalidRequest("drain_timeout", text) from None
+    return message
+
+
+def filled(message: M, **given: object) -> M:
+    """The message with these fields. Raises InvalidRequest, by the field's name, for values that it cannot hold."""
+    for name, value in given.items():
+        _put(message, name, name, value)
     return message
 
 
@@ -243,10 +257,11 @@ def adapter_list(page: adapters_pb2.ListAdaptersResponse, adapters: Iterable[Ada
 def merge_request(
     name: str, output: str, dtype: str, mix: Mapping[str, float] | None
 ) -> adapters_pb2.MergeAdapterRequest:
-    """The message. Raises InvalidRequest for a dtype that no message can hold."""
+    """The message. Raises InvalidRequest for what no message can hold."""
     if dtype not in ("bf16", "fp16", "fp32"):
         raise InvalidRequest("dtype", f"{dtype!r} is none of bf16, fp16 and fp32")
-    message = adapters_pb2.MergeAdapterRequest(name=name, output=output, dtype=f"MERGE_DTYPE_{dtype.upper()}")
+    message = adapters_pb2.MergeAdapterRequest(dtype=f"MERGE_DTYPE_{dtype.upper()}")
+    filled(message, name=name, output=output)
     _put_mix(message, mix)
     return message
 

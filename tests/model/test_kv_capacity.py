@@ -46,6 +46,9 @@ def test_what_is_taken_later_is_left_alone_on_a_gpu() -> None:
     assert blocks("cuda", None, most=70) == 70
     assert blocks("cpu", None) == 100, "a CPU's adapters are not taken from what is free now"
     assert blocks("cpu", Memory(bytes=900 * MIB)) == 900
+    assert blocks("cpu", Memory(bytes=2000 * MIB), most=70) == 70
+    with pytest.raises(StartupError, match="2000 MiB, of which 1500 MiB could ever be used, are more than"):
+        blocks("cpu", Memory(bytes=2000 * MIB), most=1500)
 
 
 @pytest.mark.usefixtures("free")

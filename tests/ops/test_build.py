@@ -93,12 +93,31 @@ def damage(library: Path, how: str) -> None:
         case "no sum":
             library.write_bytes(content)
             library.with_name(library.name + ".sha256").unlink()
+        case "a folder as sum":
+            library.write_bytes(content)
+            library.with_name(library.name + ".sha256").unlink()
+            library.with_name(library.name + ".sha256").mkdir()
+        case "a link that leads nowhere":
+            library.symlink_to("nowhere")
         case "writable by others":
             library.write_bytes(content)
             library.chmod(0o666)
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "flipped", "no sum", "writable by others", "gone"])
+DAMAGE = [
+    "empty",
+    "cut",
+    "flipped",
+    "folder",
+    "no sum",
+    "a folder as sum",
+    "a link that leads nowhere",
+    "writable by others",
+    "gone",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_library_is_compiled_again(how: str, compiled: Path) -> None:
     """One that is cut ended the process with SIGBUS at every start."""
     library = build.library()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 from loramux.answers import Delta, Finished, Started
-from loramux.client import AdminClient, AsyncClient, Client
+from loramux.client import AdminClient, AsyncAdminClient, AsyncClient, Client
 from loramux.engine.request import Event, Request, RequestFailed
 from loramux.errors import (
     AdapterExists,
@@ -177,6 +178,47 @@ async def test_what_no_message_can_hold_is_refused_before_it_is_sent(
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(error):
             await client.generate(**arguments)
+
+
+ADMIN_CALLS: dict[str, tuple[str, Callable[[AdminClient], Any]]] = {
+    "name": ("name", lambda client: client.load("a\udcff")),
+    "name of another type": ("name", lambda client: client.load(["a"])),
+    "source": ("source", lambda client: client.load("a", "a\udcff")),
+    "pin": ("pin", lambda client: client.load("a", pin="maybe")),
+    "get": ("name", lambda client: client.get("a\udcff")),
+    "pinned": ("pinned", lambda client: client.pin("a", "maybe")),
+    "unload": ("name", lambda client: client.unload("a\udcff")),
+    "NaN": ("drain_timeout", lambda client: client.unload("a", drain_timeout=math.nan)),
+    "for ever": ("drain_timeout", lambda client: client.unload("a", drain_timeout=math.inf)),
+    "ages": ("drain_timeout", lambda client: client.unload("a", drain_timeout=1e300)),
+    "soon": ("drain_timeout", lambda client: client.unload("a", drain_timeout="soon")),
+    "output": ("output", lambda client: next(client.merge("a", output="a\udcff"))),
+    "weight": ("mix[0].weight", lambda client: next(client.merge(output="a", mix={"a": "much"}))),
+}
+
+
+@pytest.mark.parametrize(("field", "call"), ADMIN_CALLS.values(), ids=ADMIN_CALLS)
+def test_what_no_admin_message_can_hold_is_refused_by_name(field: str, call: Callable[[AdminClient], Any]) -> None:
+    """The command line showed an "unexpected ValueError" or UnicodeEncodeError."""
+    with AdminClient("127.0.0.1:1") as client, pytest.raises(InvalidRequest) as caught:
+        call(client)
+    assert caught.value.field == field
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown() -> None:
+    """gRPC's own error quotes it."""
+    for key in ("secret\n", "s\u00e9cret", "secret\x00"):
+        with pytest.raises(InvalidRequest, match=r"^api_key: must be of visible ASCII") as caught:
+            Client("127.0.0.1:1", api_key=key)
+        assert key not in caught.value.message
+
+
+async def test_the_other_port_is_told_from_a_server_that_lacks_a_method(tmp_path: Path) -> None:
+    async with running(tmp_path) as r:
+        for kind, address in ((AsyncAdminClient, r.addresses.public), (AsyncClient, r.addresses.admin)):
+            async with kind(address) as client:
+                with pytest.raises(Unimplemented, match="its admin port has the adapters"):
+                    await (client.get("a") if isinstance(client, AsyncAdminClient) else client.generate("x"))
 
 
 TURN = {"role": "user", "content": "hi"}

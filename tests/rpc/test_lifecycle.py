@@ -22,8 +22,9 @@ from loramux.config import Settings
 from loramux.engine.request import Delta, Event, Request
 from loramux.errors import Cancelled, Draining, StartupError, Unreachable
 from loramux.rpc import health as health_module
+from loramux.rpc import status
 from loramux.rpc.server import Server
-from loramux.rpc.watchers import Watchers
+from loramux.rpc.watchers import MOST, Watchers
 from loramux.values import StartAdapter
 
 from tests.patience import PATIENCE
@@ -166,6 +167,40 @@ async def test_reflection_lists_and_describes_the_services(tmp_path: Path, versi
                     for file in reversed(files):
                         pool.Add(file)
                     assert pool.FindServiceByName(name).methods
+
+
+async def test_reflection_refuses_by_the_one_table(tmp_path: Path) -> None:
+    """It answered UNKNOWN with the exception's text, and without end to whoever opened streams."""
+    method = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+    async with (
+        running(tmp_path, max_message_bytes=1000) as r,
+        grpc.aio.insecure_channel(r.addresses.public) as channel,
+    ):
+        for raw, reason in ((b"\xff\xff", "MALFORMED_MESSAGE"), (b"\x0a\xdc\x0b" + b"x" * 1500, "MESSAGE_TOO_LARGE")):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(aiter(channel.stream_stream(method)(iter([raw]))))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert (
+                status.to_error(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    caught.value.details() or "",
+                    dict(caught.value.trailing_metadata())[status.DETAILS_KEY],
+                ).reason
+                == reason
+            )
+        streams = [channel.stream_stream(method)() for _ in range(MOST)]
+        for stream in streams:
+            await stream.write(b"\x3a\x00")  # list_services
+            assert await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="streams watch already"):
+            await channel.stream_stream(method)(iter([b"\x3a\x00"])).read()
+        streams[0].cancel()
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with suppress(grpc.aio.AioRpcError):
+                    if await channel.stream_stream(method)(iter([b"\x3a\x00"])).read():
+                        break
+                await asyncio.sleep(0.01)
 
 
 async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path) -> None:

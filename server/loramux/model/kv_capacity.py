@@ -26,7 +26,7 @@ def kv_blocks(
     """Blocks of `block_size` tokens for `memory`, at most `most`.
 
     On a GPU, what is free is what `adapters` and `step` bytes leave, which are taken only later: the budget of
-    adapters, and `step_bytes`. Raises StartupError if not one request fits.
+    adapters, and `step_bytes`. Raises StartupError if not one request fits, or what is wanted is not there.
     """
     block_bytes = model.kv_bytes_per_token * block_size
     least = -(-model.max_context // block_size)
@@ -47,6 +47,11 @@ def kv_blocks(
             f"--adapter-memory) and a step ({_mib(step)}) leave on {model.device}"
         )
     blocks = min(given // block_bytes, most)
+    if blocks * block_bytes > free:  # a CPU's memory is promised to whoever asks, and who uses it is killed
+        raise StartupError(
+            f"--kv-memory: {_mib(given)}, of which {_mib(blocks * block_bytes)} could ever be used, are more than the "
+            f"{_mib(free)} that are free now; give less, or lower --max-batch-rows or --max-context"
+        )
     if blocks < least:
         raise StartupError(
             f"--kv-memory: {_mib(given)} hold {max(blocks, 0) * block_size} tokens, less than one request of "

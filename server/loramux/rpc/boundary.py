@@ -7,14 +7,14 @@
 - A LoramuxError becomes its status; any other exception is logged and becomes INTERNAL without its text.
 - Every error carries the request's id, see `request_ids`.
 
-Knows nothing of what the services do. Handlers are coroutines; streams are written with `context.write`.
-Streams of requests (reflection) pass unchanged: none is ours.
+Knows nothing of what the services do. Handlers are coroutines; streams are written with `context.write`. Only streams
+of requests and answers (reflection) come from an asynchronous generator, as its library has it; they are bounded.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from loramux.errors import EngineFault, InvalidRequest, LoramuxError, Overloaded
 from loramux.rpc import request_ids, status, wire
+from loramux.rpc.watchers import Watchers
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._bounds = bounds
         self._held_bytes = 0  # of the messages that are worked on
         self._most_held_bytes = _HELD_MESSAGES * max_message_bytes
+        self._conversations = Watchers()
         self._on_error = on_error
         self._on_refusal = on_refusal
 
@@ -81,10 +83,14 @@ class Boundary(grpc.aio.ServerInterceptor):
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
         handler: Any = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            return handler  # type: ignore[no-any-return]
+        if handler is None:
+            return None
         method = handler_call_details.method
         deserialize = self._deserializer(handler.request_deserializer)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._guarded_stream(method, handler.stream_stream), deserialize, handler.response_serializer
+            )
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
                 self._guarded(method, handler.unary_unary), deserialize, _serializer(handler.response_serializer)
@@ -145,6 +151,18 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         return call
 
+    def _guarded_stream(self, method: str, behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., Any]:
+        async def call(requests: AsyncIterator[Any], context: Context) -> None:
+            request_id = request_ids.begin(None, context.invocation_metadata())
+            try:
+                with self._conversations.one():
+                    async for answer in behavior(_sound(requests), context):
+                        await context.write(answer)
+            except Exception as error:
+                await self._end(method, request_id, error, context)
+
+        return call
+
     def _without_room(self, nbytes: int) -> Overloaded | None:
         """The refusal of a message, if those that are worked on, each of which stays in memory, have too many bytes."""
         if self._held_bytes + nbytes <= self._most_held_bytes:
@@ -161,6 +179,14 @@ class Boundary(grpc.aio.ServerInterceptor):
             error = EngineFault(status.OPAQUE)
         self._on_error(error)
         await abort(context, error, request_id)
+
+
+async def _sound(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Raises what is wrong with the first that cannot be taken."""
+    async for request in requests:
+        if isinstance(request, Malformed):
+            raise request.error
+        yield request
 
 
 def _serializer(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:

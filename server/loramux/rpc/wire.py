@@ -62,16 +62,16 @@ def find_text(raw: bytes, message: Descriptor, *path: str, most_bytes: int) -> s
     "" if the message has no such field, or its text is not among the first fields.
     """
     at, end = 0, len(raw)
-    inner: Descriptor | None = message
+    within: Descriptor | None = message
     for name in path:
-        field = inner.fields_by_name.get(name) if inner is not None else None
+        field = within.fields_by_name.get(name) if within is not None else None
         places = (
             (start, stop)
             for number, kind, start, stop in islice(_fields(raw, at, end), _LOOKED_AT)
             if field is not None and number == field.number and kind == _DELIMITED
         )
         at, end = next(places, (0, 0))
-        inner = field.message_type if field is not None else None
+        within = field.message_type if field is not None else None
     return raw[at : min(end, at + most_bytes)].decode("utf-8", "ignore")
 
 

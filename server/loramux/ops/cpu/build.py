@@ -299,8 +299,10 @@ def _publish(built: Path, target: Path) -> None:
         os.fsync(file.fileno())
     written = built.with_name("sum")
     written.write_text(digest + "\n")
-    written.rename(_sum_file(target))
-    built.rename(target)
+    for file, place in ((written, _sum_file(target)), (built, target)):
+        if place.is_dir() and not place.is_symlink():  # no file takes a folder's place
+            place.rename(file.with_name(f"was-{place.name}"))
+        file.rename(place)
 
 
 def _run(children: Children, command: list[str]) -> None:
