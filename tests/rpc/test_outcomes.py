@@ -366,6 +366,42 @@ async def test_errors_carry_the_callers_id(tmp_path: Path, streamed: bool) -> No
         assert info(error).metadata["request_id"] == "ü" * 128
 
 
+NOT_PARSED = {
+    "TOO_LARGE": req("x" * 150_000, request_id="mine").SerializeToString(),
+    "TOO_MANY": req(request_id="mine", sampling=SamplingParams(stop=["x"] * 20_000)).SerializeToString(),
+    "NO_UTF8": b"\x0a\x04mine\x12\x02\xff\xfe",
+    "BROKEN": b"\x0a\x04mine\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["unary", "stream"])
+async def test_what_is_refused_before_it_is_parsed_has_the_callers_id(
+    tmp_path: Path, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="loramux")
+    service = "/loramux.v1.GenerationService/"
+    async with (
+        running(tmp_path, max_message_bytes=100_000) as r,
+        grpc.aio.insecure_channel(r.addresses.public) as channel,
+    ):
+        for name, raw in NOT_PARSED.items():
+            if streamed:
+                size = len(raw)
+                around = bytes(
+                    [0x0A, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]
+                )  # field 1, length in 3 bytes
+                call: Any = channel.unary_stream(service + "GenerateStream")(around + raw)
+                refused = anext(aiter(call))
+            else:
+                refused = channel.unary_unary(service + "Generate")(raw)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await refused
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, name
+            assert info(caught.value).metadata["request_id"] == "mine", name
+        lines = [TextFormatter().format(record) for record in caplog.records if record.getMessage() == "request"]
+        assert [" id=mine " in line for line in lines] == [True] * len(NOT_PARSED)
+
+
 async def test_the_log_has_the_callers_id_and_never_the_prompt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from loramux.errors import EngineFault, InvalidRequest, LoramuxError, Overloaded
@@ -39,9 +40,13 @@ OnRefusal: TypeAlias = Callable[[str, str, LoramuxError], None]  # method, reque
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """What the deserializer returns in place of a message that cannot be taken: raising there is too early."""
+    """What the deserializer returns in place of a message that cannot be taken: raising there is too early.
+
+    `request_id` is what the message calls itself, as far as that can be read.
+    """
 
     error: InvalidRequest
+    request_id: str = ""
 
 
 def hard_cap(max_message_bytes: int) -> int:
@@ -90,34 +95,35 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _deserializer(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         # `parse` is the class method FromString of the message's class.
-        message = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+        message: Descriptor | None = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
 
         def deserialize(raw: bytes) -> Any:
-            if len(raw) > self._limit:
-                return Malformed(
-                    InvalidRequest(
-                        "request",
-                        f"the message has {len(raw)} bytes; at most {self._limit} are allowed",
-                        reason="MESSAGE_TOO_LARGE",
-                        metadata={"limit": self._limit, "given": len(raw)},
-                    )
-                )
             try:
-                if len(raw) > wire.SCANNED_FROM and message is not None:
-                    wire.check_counts(raw, message, self._bounds)
-                return parse(raw) if parse is not None else raw
+                return self._parsed(raw, parse, message)
             except InvalidRequest as error:
-                return Malformed(error)
-            except (DecodeError, ValueError):
-                return Malformed(
-                    InvalidRequest(
-                        "request",
-                        "the message is not protobuf of this method, or a string in it is not valid UTF-8",
-                        reason="MALFORMED_MESSAGE",
-                    )
-                )
+                return Malformed(error, request_ids.find(raw, message))
 
         return deserialize
+
+    def _parsed(self, raw: bytes, parse: Callable[[bytes], Any] | None, message: Descriptor | None) -> Any:
+        """Raises InvalidRequest."""
+        if len(raw) > self._limit:
+            raise InvalidRequest(
+                "request",
+                f"the message has {len(raw)} bytes; at most {self._limit} are allowed",
+                reason="MESSAGE_TOO_LARGE",
+                metadata={"limit": self._limit, "given": len(raw)},
+            )
+        if len(raw) > wire.SCANNED_FROM and message is not None:
+            wire.check_counts(raw, message, self._bounds)
+        try:
+            return parse(raw) if parse is not None else raw
+        except (DecodeError, ValueError):
+            raise InvalidRequest(
+                "request",
+                "the message is not protobuf of this method, or a string in it is not valid UTF-8",
+                reason="MALFORMED_MESSAGE",
+            ) from None
 
     def _guarded(self, method: str, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:

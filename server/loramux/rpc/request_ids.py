@@ -10,6 +10,10 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
+
+from loramux.rpc import wire
+
 HEADER = "x-request-id"
 MAX_CHARACTERS = 128  # as engine.settings has it for the field; of a longer one the beginning is shown
 
@@ -22,6 +26,16 @@ def begin(message: Any, metadata: Iterable[tuple[str, Any]] | None) -> str:
     request_id = given[:MAX_CHARACTERS] or new()
     _current.set(request_id)
     return request_id
+
+
+def find(raw: bytes, message: Descriptor | None) -> str:
+    """The id in a serialized `message` that is refused before it is parsed; "" if there is none."""
+    if message is None:
+        return ""
+    most = 4 * MAX_CHARACTERS
+    return wire.find_text(raw, message, "request_id", most_bytes=most) or wire.find_text(
+        raw, message, "request", "request_id", most_bytes=most
+    )
 
 
 def current() -> str:

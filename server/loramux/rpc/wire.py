@@ -8,8 +8,9 @@ sent. It refuses nothing else: bytes that are no message are left to protobuf.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -17,6 +18,8 @@ from loramux.errors import InvalidRequest
 
 SCANNED_FROM = 16 << 10  # bytes; protobuf parses less than that in a millisecond, whatever it is
 _OTHER_FIELDS = 8192  # that may be there beside the items that take fields: unknown ones, numbers that are not packed
+_LOOKED_AT = 64  # fields, until a text is found; protobuf writes them in the order of their numbers
+_DELIMITED = 2  # the wire type of what has a length
 _CONTINUED = bytes(range(128, 256))
 _LENGTH_DELIMITED = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE)
 
@@ -53,6 +56,25 @@ def check_counts(raw: bytes, message: Descriptor, bounds: Bounds) -> None:
     _Scan(raw, bounds).message(0, len(raw), message)
 
 
+def find_text(raw: bytes, message: Descriptor, *path: str, most_bytes: int) -> str:
+    """The beginning of a text in `raw`, a serialized `message` that is not parsed: of the field at the end of `path`.
+
+    "" if the message has no such field, or its text is not among the first fields.
+    """
+    at, end = 0, len(raw)
+    inner: Descriptor | None = message
+    for name in path:
+        field = inner.fields_by_name.get(name) if inner is not None else None
+        places = (
+            (start, stop)
+            for number, kind, start, stop in islice(_fields(raw, at, end), _LOOKED_AT)
+            if field is not None and number == field.number and kind == _DELIMITED
+        )
+        at, end = next(places, (0, 0))
+        inner = field.message_type if field is not None else None
+    return raw[at : min(end, at + most_bytes)].decode("utf-8", "ignore")
+
+
 class _Scan:
     def __init__(self, raw: bytes, bounds: Bounds) -> None:
         self._raw = raw
@@ -63,24 +85,13 @@ class _Scan:
 
     def message(self, at: int, end: int, message: Descriptor) -> None:
         """Count what lies between two places. Ends early where the bytes are no message."""
-        while at < end:
+        for number, wire_type, start, stop in _fields(self._raw, at, end):
             self._one_more()
-            tag, at = self._varint(at, end)
-            wire_type = tag & 7
-            if wire_type == 2:
-                size, at = self._varint(at, end)
-                if at + size > end:
-                    return
-                self._field(message.fields_by_number.get(tag >> 3), at, at + size)
-                at += size
-                continue
-            field = message.fields_by_number.get(tag >> 3)
-            if field is not None and field.full_name in self._bounds:
+            field = message.fields_by_number.get(number)
+            if wire_type == _DELIMITED:
+                self._field(field, start, stop)
+            elif field is not None and field.full_name in self._bounds:
                 self._add(field, 1)  # a number that is not packed
-            if wire_type == 0:
-                _, at = self._varint(at, end)
-            else:
-                at += {1: 8, 5: 4}.get(wire_type, 0)
 
     def _field(self, field: FieldDescriptor | None, start: int, end: int) -> None:
         if field is None:
@@ -105,17 +116,37 @@ class _Scan:
                 metadata={"limit": self._most_fields},
             )
 
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
-        """The number at a place, and the place behind it; a number that does not end goes to the end."""
-        value = shift = 0
-        while at < end and shift < 70:
-            byte = self._raw[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value, at
-            shift += 7
-        return 0, end
+
+def _fields(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(number, wire type, start, stop) of each field between two places; start and stop are those of its content, if
+    that has a length. Ends early where the bytes are no message."""
+    while at < end:
+        tag, at = _varint(raw, at, end)
+        number, wire_type = tag >> 3, tag & 7
+        start = at
+        if wire_type == _DELIMITED:
+            size, start = _varint(raw, at, end)
+            at = start + size
+            if at > end:
+                return
+        elif wire_type == 0:
+            _, at = _varint(raw, at, end)
+        else:
+            at += {1: 8, 5: 4}.get(wire_type, 0)
+        yield number, wire_type, start, at
+
+
+def _varint(raw: bytes, at: int, end: int) -> tuple[int, int]:
+    """The number at a place, and the place behind it; a number that does not end goes to the end."""
+    value = shift = 0
+    while at < end and shift < 70:
+        byte = raw[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+    return 0, end
 
 
 def _numbers(packed: bytes) -> int:
