@@ -86,6 +86,12 @@ def test_a_config_that_selects_less_than_the_file_holds_is_refused_by_its_field(
     assert "_proj.lora_A" in caught.value.message
 
 
+def test_names_in_one_text_are_told_from_a_pattern(tmp_path: Path) -> None:
+    write(tmp_path, factors(Q0, V0), target_modules="q_proj,v_proj")
+    with pytest.raises(InvalidAdapter, match="names go into a list"):
+        read_adapter(tmp_path, SITES, limits=LIMITS)
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "base_model.model."])
 def test_a_module_that_any_of_its_paths_excludes_is_refused(tmp_path: Path, prefix: str) -> None:
     write(tmp_path, factors(Q0, prefix=prefix), exclude_modules=r"^model\.layers\.0\..*")
