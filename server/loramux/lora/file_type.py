@@ -22,7 +22,7 @@ _TEXTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"# xet version", f"is a Xet pointer; {_CLONE.replace('git lfs', 'git xet')}"),
         (r"(\.\./|\./)*(\.git)?/annex/objects/", _ANNEX),
         (
-            r"(\.\./)+\S+\s*$",
+            r"\.\./\S+\s*$",
             "is the text of a symbolic link that was lost (Git with core.symlinks=false, or a copy of a cache): put "
             "the file that it leads to in its place",
         ),
