@@ -56,6 +56,13 @@ def test_what_is_selected_is_what_peft_selects(fields: dict[str, Any]) -> None:
         assert (selected.left_out_by([module]) is None) is bool(check_target_module_exists(oracle, module)), module
 
 
+@pytest.mark.parametrize("pattern", [r".*(?:q_prox){e<=1}", r".*[[:alpha:]]_proj", r".*q_proj{i}"])
+def test_what_another_dialect_reads_otherwise_is_refused(pattern: str) -> None:
+    """The matcher with a time limit has operators that are plain characters to PEFT: it would select more."""
+    with pytest.raises(InvalidAdapter, match="brace"):
+        PathPattern("target_modules", pattern)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "All-Linear", None])
 def test_all_linear_and_nothing_select_everything(targets: str | None) -> None:
     selected = parse_config(json.dumps(config(target_modules=targets)).encode()).selection()

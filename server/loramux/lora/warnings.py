@@ -138,8 +138,8 @@ def _switched_on(config: PeftConfig) -> str | None:
     if not fields:
         return None
     return (
-        f"{', '.join(fields)} of adapter_config.json ask for tensors that the file does not have; it is served as the "
-        "plain LoRA that it holds"
+        f"{', '.join(fields)} of adapter_config.json ask for tensors beside LoRA's, and the file has none but "
+        "the base's own; it is served as the plain LoRA that it holds"
     )
 
 
