@@ -686,6 +686,15 @@ async def test_a_hugging_face_cache_is_a_root(tmp_path: Path, caplog: pytest.Log
     await bench.manager.close()
 
 
+async def test_a_pipe_in_a_cache_does_not_hold_the_watch(tmp_path: Path) -> None:
+    os.mkfifo(cached(tmp_path, "acme/sql-lora", "1" * 40, main="x") / "refs/pipe")
+    (tmp_path / "models--acme--sql-lora/refs/pipe").rename(tmp_path / "models--acme--sql-lora/refs/main")
+    bench = Bench(tmp_path)
+    await bench.manager.start()
+    assert [entry.name for entry in bench.manager.list()] == ["acme--sql-lora"]
+    await bench.manager.close()
+
+
 async def test_one_repository_of_the_cache_is_a_root(tmp_path: Path) -> None:
     bench = Bench(cached(tmp_path, "acme/sql-lora", "1" * 40, main="1" * 40))
     await bench.manager.start()

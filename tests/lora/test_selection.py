@@ -56,6 +56,13 @@ def test_what_is_selected_is_what_peft_selects(fields: dict[str, Any]) -> None:
         assert (selected.left_out_by([module]) is None) is bool(check_target_module_exists(oracle, module)), module
 
 
+@pytest.mark.parametrize("pattern", [r".*(?:q_prox){e<=1}", r".*[[:alpha:]]_proj", r".*q_proj{i}"])
+def test_what_another_dialect_reads_otherwise_is_refused(pattern: str) -> None:
+    """The matcher with a time limit has operators that are plain characters to PEFT: it would select more."""
+    with pytest.raises(InvalidAdapter, match="brace"):
+        PathPattern("target_modules", pattern)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "All-Linear", None])
 def test_all_linear_and_nothing_select_everything(targets: str | None) -> None:
     selected = parse_config(json.dumps(config(target_modules=targets)).encode()).selection()
@@ -84,6 +91,12 @@ def test_a_config_that_selects_less_than_the_file_holds_is_refused_by_its_field(
         read_adapter(tmp_path, SITES, limits=LIMITS)
     assert caught.value.subject == next(reversed(fields))
     assert "_proj.lora_A" in caught.value.message
+
+
+def test_names_in_one_text_are_told_from_a_pattern(tmp_path: Path) -> None:
+    write(tmp_path, factors(Q0, V0), target_modules="q_proj,v_proj")
+    with pytest.raises(InvalidAdapter, match="names go into a list"):
+        read_adapter(tmp_path, SITES, limits=LIMITS)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "base_model.model."])

@@ -37,6 +37,8 @@ NO_EFFECT: dict[str, tuple[dict[str, Tensor] | None, dict[str, Any]]] = {
     "alpha 0": (None, {"lora_alpha": 0}),
     "alpha_pattern 0": (None, {"alpha_pattern": {".*q_proj": 0}}),
     "alpha too small for float32": (None, {"lora_alpha": 1e-60}),
+    "alpha too small to matter": (None, {"lora_alpha": -1e-30}),
+    "denormal factors": ({k: t * 1e-39 for k, t in factors(*ALL_Q).items()}, {}),
     "B zero": (zeroed("lora_B"), {}),
     "A zero": (zeroed("lora_A"), {}),
     "B and its bias zero": (zeroed("lora_B", bias=True), {"lora_bias": True}),

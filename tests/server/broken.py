@@ -137,7 +137,7 @@ KINDS: dict[str, Kind] = {
     "alpha beyond float32": Kind("INVALID_CONFIG", "lora_alpha", config={"lora_alpha": 1e308}),
     "PiSSA": Kind("UNSUPPORTED_ADAPTER", "init_lora_weights", config={"init_lora_weights": "pissa"}),
     "unknown field": Kind("UNSUPPORTED_ADAPTER", "use_magic", config={"use_magic": True}),
-    "lm_head as a target": Kind("UNSUPPORTED_ADAPTER", "lm_head", config={"target_modules": ["lm_head"]}),
+    "lm_head as the only target": Kind("CONFIG_MISMATCH", "lm_head", config={"target_modules": ["lm_head"]}),
     "lm_head's tensors": Kind("UNSUPPORTED_ADAPTER", "lm_head", _put("base_model.model.lm_head.lora_A.weight", 4, 64)),
     "unknown key": Kind("BASE_MISMATCH", "foo", _put("base_model.model.foo.lora_A.weight", 4, 64)),
     "layer out of range": Kind("BASE_MISMATCH", "layers.3.", _too_deep),

@@ -22,7 +22,7 @@ _TEXTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"# xet version", f"is a Xet pointer; {_CLONE.replace('git lfs', 'git xet')}"),
         (r"(\.\./|\./)*(\.git)?/annex/objects/", _ANNEX),
         (
-            r"(\.\./)+\S+\s*$",
+            r"\.\./\S+\s*$",
             "is the text of a symbolic link that was lost (Git with core.symlinks=false, or a copy of a cache): put "
             "the file that it leads to in its place",
         ),
@@ -53,6 +53,10 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 _PICKLE = re.compile(
     rb"\x80[\x02-\x05]|[}\](]q\x00|\([dl]p0?\n|c(__builtin__|builtins|collections|copy_reg|torch)"
 )  # of every protocol
+_TORCH_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # what torch.save wrote first before it wrote zip archives
+_OTHER_PICKLE = (
+    "torch.save did not write it: load it where you trust it, and save its tensors with safetensors' save_file"
+)
 _TAR_MAGIC = slice(257, 262)
 _ONNX = re.compile(rb"\x08[\x01-\x20](\x12[\x01-\x40][\w. -]|\x3a)")
 
@@ -79,14 +83,14 @@ def describe(start: bytes, file: str = WEIGHTS_FILE) -> str | None:
     for magic, what in _MAGIC:
         if start.startswith(magic):
             return what
-    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or _PICKLE.match(start):
-        what = "a zip archive: a pickle of torch.save, or packed files" if start.startswith(b"PK") else "a pickle"
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) and b"data.pkl" not in start:
+        return f"is a zip archive; {_UNPACK}"
+    if start.startswith(b"PK\x03\x04") or _PICKLE.match(start):
         if file != WEIGHTS_FILE:
-            return f"is {what}; {_PEFT_FOLDER}"
-        return (
-            f"is {what}; pickles can run code and are never opened. Convert it in its folder, where you trust it: "
-            f"{conversion(WEIGHTS_FILE)}"
-        )
+            return f"is a pickle; {_PEFT_FOLDER}"
+        by_torch = start.startswith(b"PK") or _TORCH_MAGIC in start
+        way_out = f"Convert it in its folder, where you trust it: {conversion(file)}" if by_torch else _OTHER_PICKLE
+        return f"is a pickle, which can run code and is never opened. {way_out}"
     if start[_TAR_MAGIC] == b"ustar":
         return f"is a tar archive; {_UNPACK}"
     if _ONNX.match(start):

@@ -26,6 +26,8 @@ _NAME_LENGTH = 64  # of a module's path, for the estimate
 _ESCAPED = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)  # what stands for one character
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _MAX_PATH_PATTERN = 16_384  # characters
+# What the matcher with a time limit takes for an operator (fuzzy matching, POSIX classes), and Python's for characters.
+_OTHER_DIALECT = re.compile(r"\{(?!\d*,?\d*\})|\[\[:")
 _MATCHING_SECONDS = 5.0  # of all paths of an adapter together; patterns that people write take microseconds
 
 
@@ -79,6 +81,12 @@ class PathPattern:
         if len(text) > _MAX_PATH_PATTERN:
             raise InvalidAdapter(
                 field, f"has {len(text)} characters; the limit is {_MAX_PATH_PATTERN}", reason="UNSUPPORTED_ADAPTER"
+            )
+        if _OTHER_DIALECT.search(text):
+            raise InvalidAdapter(
+                _shown(field, text),
+                "has a brace that is no repetition, or a class in double brackets; no path has such characters",
+                reason="UNSUPPORTED_ADAPTER",
             )
         self._field = field
         self._text = text

@@ -165,10 +165,12 @@ def _check_selected(
     key = next(iter(parts.values())).key
     field = selected.left_out_by(paths, trained=trained)
     if field is not None:
+        value = getattr(config, field)
+        pattern = "; a text is a pattern of the whole path, names go into a list" if isinstance(value, str) else ""
         raise InvalidAdapter(
             field,
             f"leaves out {paths[0]}, for which {WEIGHTS_FILE} has tensors ({key}); PEFT would ignore them. Correct "
-            f"{field} ({shown(getattr(config, field))}), or drop these tensors",
+            f"{field} ({shown(value)}{pattern}), or drop these tensors",
             reason="CONFIG_MISMATCH",
         )
     for parameter in config.target_parameters or ():

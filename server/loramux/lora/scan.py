@@ -183,13 +183,18 @@ def _snapshot(cached: str) -> str | None:
     except OSError:
         return None
     try:
-        with open(f"{cached}/refs/main", encoding="ascii") as file:
+        with open(f"{cached}/refs/main", encoding="ascii", opener=_at_once) as file:
             main = file.read(64).strip()
     except (OSError, ValueError):
         main = ""
     if main in names:
         return f"{cached}/snapshots/{main}"
     return f"{cached}/snapshots/{names[0]}" if len(names) == 1 else None
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A descriptor; opening a pipe without a writer would hold the watch for ever."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _has_adapters(cached: str) -> bool:

@@ -22,6 +22,7 @@ OTHER_TEMPLATE = (
     "server with --adapter-chat-templates to use it, or send prompts in its form"
 )
 _MOST_NAMED = 16
+_NOTHING = 1e-12  # of a product of two factors: float32 rounds weights of usual size by a thousand times that
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What those who quantize or convert a model put after its name or before it.
 _SAME_MODEL = re.compile(
@@ -57,15 +58,17 @@ def _effect(config: PeftConfig, factors: Sequence[SiteFactors]) -> str | None:
     which = "it has no effect" if len(quiet) == len(factors) else f"{len(quiet)} of {len(factors)} layers: no effect"
     if all(f.scale == 0 for f in quiet):
         return f"{which}: lora_alpha or alpha_pattern is 0, so the scale is zero; was it exported with its alpha?"
+    if all(f.scale != 0 and _largest(f.a) * _largest(f.b) > _NOTHING for f in quiet):
+        return f"{which}: lora_alpha is so small that nothing is left ({shown(config.lora_alpha)}); was it exported so?"
     zeros = "lora_A or lora_B is all zero" if all(f.scale != 0 for f in quiet) else "lora_B or lora_alpha is zero"
     return f"{which}: {zeros}, e.g. in {quiet[0].site.name}; was the checkpoint written before any training step?"
 
 
 def _has_effect(f: SiteFactors) -> bool:
-    """Whether it changes anything: a factor may be zero, or become so when it is scaled."""
-    if f.magnitude is not None or (f.bias is not None and _largest(f.bias) * abs(f.scale) > 0):
+    """Whether it changes anything: a factor may be zero, or all that they give too small beside any weight."""
+    if f.magnitude is not None or (f.bias is not None and _largest(f.bias) * abs(f.scale) > _NOTHING):
         return True
-    return bool(torch.tensor(_largest(f.b) * abs(f.scale), dtype=torch.float32) > 0) and _largest(f.a) > 0
+    return _largest(f.b) * abs(f.scale) * _largest(f.a) > _NOTHING
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -135,8 +138,8 @@ def _switched_on(config: PeftConfig) -> str | None:
     if not fields:
         return None
     return (
-        f"{', '.join(fields)} of adapter_config.json ask for tensors that the file does not have; it is served as the "
-        "plain LoRA that it holds"
+        f"{', '.join(fields)} of adapter_config.json ask for tensors beside LoRA's, and the file has none but "
+        "the base's own; it is served as the plain LoRA that it holds"
     )
 
 
