@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def encodable(text: str) -> str:
+    """`text` with lone surrogates escaped: a protobuf string, or anything in UTF-8, cannot hold them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def escape(text: str, *, keep: str = "", limit: int | None = None) -> str:
     r"""`text` with every character that is not printable as in a string literal (`\n`, `\x1b`, `\u202e`); one line.
 

@@ -76,7 +76,7 @@ def requests(loaded: LoadedModel) -> list[Request]:
         shared = choose.choice(beginnings)[: choose.choice((0, 0, 16, 33))]
         prompt = shared + [choose.randrange(49152) for _ in range(choose.randint(1, 24))]
         # A few long answers: they outgrow what was set aside for them, and somebody is preempted.
-        length = 40 if i % 16 == 0 else choose.randint(1, 7)
+        length = 32 if i % 16 == 0 else choose.randint(1, 5)
         sampling = SamplingParams(max_new_tokens=length, ignore_eos=True, logprobs=True, top_logprobs=2)
         made.append(Request(f"r{i}", tuple(prompt), sampling, adapters=choose.choice(mixes)))
     return made
@@ -128,36 +128,31 @@ def test_alone_is_not_all_the_same(requests: list[Request], alone: dict[str, Ans
     assert all(len(logprobs) == 3 * len(ids) for ids, logprobs in alone.values())
 
 
-def submit_in_company(run: Run, requests: list[Request], seed: int) -> None:
-    """They come a few at a time, in any order, while others are at work; to the end of the last."""
-    choose = random.Random(seed)
+def test_in_chunks_and_preempted(loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]) -> None:
+    """The KV cache is too small for those that run together, so some are put back and computed again."""
+    run = Run(loaded, 14, prefix_caching=False, rows=12, tokens=16)
+    for request in sorted(requests, key=lambda r: -r.sampling.max_new_tokens):
+        run.submit(request)
+    run.finish()
+    assert run.engine.stats().preemptions > 0
+    assert different(run, requests, alone) == []
+
+
+def test_in_random_company_and_from_the_prefix_cache(
+    loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]
+) -> None:
+    """They come a few at a time, while others are at work; then all again, in another order, to read from the cache."""
+    choose = random.Random(37)
+    run = Run(loaded, 2048, prefix_caching=True, rows=16, tokens=37)
     waiting = choose.sample(requests, len(requests))
     while waiting:
         for _ in range(min(len(waiting), choose.randint(0, 3))):
             run.submit(waiting.pop())
         run.engine.step()
     run.finish()
-
-
-def test_in_company_in_chunks_and_preempted(
-    loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]
-) -> None:
-    """The KV cache is too small for them, so some are put back and computed again."""
-    run = Run(loaded, 14, prefix_caching=False, rows=12, tokens=16)
-    submit_in_company(run, requests, seed=16)
-    assert run.engine.stats().preemptions > 0
-    assert different(run, requests, alone) == []
-
-
-def test_in_company_in_other_chunks_and_from_the_prefix_cache(
-    loaded: LoadedModel, requests: list[Request], alone: dict[str, Answer]
-) -> None:
-    """Once to fill the cache, then in another order to read from it."""
-    run = Run(loaded, 2048, prefix_caching=True, rows=16, tokens=37)
-    submit_in_company(run, requests, seed=37)
     assert different(run, requests, alone) == []
     before = run.engine.stats().prefix_hit_tokens
-    for request in random.Random(1).sample(requests, len(requests)):
+    for request in choose.sample(requests, len(requests)):
         run.submit(request)
     run.finish()
     assert run.engine.stats().prefix_hit_tokens - before > 2000

@@ -19,7 +19,7 @@ from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, AdapterRoots
 
 from tests.lora.fakes import FakeAdapter, FakeReader
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(300)
 STILL = 3  # looks from a change until it is taken over: one that sees it, two that find it as it was
 
 
@@ -193,6 +193,28 @@ async def test_a_touched_folder_is_the_same_version(bench: Bench, resident: bool
     assert bench.registry.get("a") is entry
     assert bench.reader.reads == reads
     await bench.ask("a")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+async def test_another_chat_template_is_another_version(bench: Bench, file: str, resident: bool) -> None:
+    """It is not in the digest: the one that was read first was used, and told of, for ever."""
+    await bench.manager.start()
+    await bench.ask("a")
+    entry = bench.registry.get("a")
+    if not resident:
+        bench.reader.put("b", b"x" * 95)
+        await bench.look()
+        await bench.ask("b")
+    (bench.root / "a" / file).write_text('{"chat_template": "{{ messages }}"}')
+    await bench.look(STILL + 1)
+    changed = bench.registry.get("a")
+    assert changed is not entry
+    await bench.ask("a")
+    (bench.root / "a" / file).touch()
+    await bench.look(STILL + 1)
+    assert bench.registry.get("a") is changed
+    assert (await bench.manager.load("a", replace=True))[1]
 
 
 async def test_requests_keep_what_they_have(bench: Bench) -> None:
@@ -642,13 +664,18 @@ def cached(root: Path, repository: str, *revisions: str, main: str = "") -> Path
     return folder
 
 
-async def test_a_hugging_face_cache_is_a_root(tmp_path: Path) -> None:
+async def test_a_hugging_face_cache_is_a_root(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cached(tmp_path, "acme/sql-lora", "1" * 40, "2" * 40, main="2" * 40)
     cached(tmp_path, "acme/only", "3" * 40)
     cached(tmp_path, "acme/unclear", "4" * 40, "5" * 40)
-    (tmp_path / "models--acme--base/snapshots/6").mkdir(parents=True)
+    for snapshot in "67":
+        (tmp_path / "models--acme--base/snapshots" / snapshot).mkdir(parents=True)
     bench = Bench(tmp_path)
     await bench.manager.start()
+    assert "'acme--unclear'" in caplog.text
+    assert "acme--base" not in caplog.text
+    with pytest.raises(AdapterNotFound, match="several snapshots"):
+        await bench.ask("acme--unclear")
     assert [entry.name for entry in bench.manager.list()] == ["acme--only", "acme--sql-lora"]
     two = await bench.ask("acme--sql-lora")
     named, _ = await bench.manager.load("x", f"models--acme--sql-lora/snapshots/{'2' * 40}")

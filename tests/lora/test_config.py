@@ -31,13 +31,12 @@ REFUSED: dict[str, list[object]] = {
         *("pissa", "PiSSA", "pissa_niter_16", "olora", "OLoRA", "corda", "corda_x", "loftq", "lora_ga", "LoRA-GA"),
         "something_new",
     ],
-    "target_modules": [["q_proj", "embed_tokens"], ["lm_head"], ["model.embed_tokens"], "lm_head", ["wte"]],
     "bias": ["some", True],
     "modules_to_save": ["classifier", {"score": 1}],
     "r": [0, -1, 1.5, True, "8", None, 2**40, 10**400],
     "lora_alpha": ["16", None, True, 1e308, -1e300, 10**400],
     "use_rslora": ["yes", 1],
-    "lora_bias": [None, 1],
+    "lora_bias": ["no", 1],
     "rank_pattern": [
         [],
         "q_proj",
@@ -77,7 +76,7 @@ WAYS_OUT: dict[str, tuple[dict[str, object], str]] = {
     },
     "LoftQ": ({"init_lora_weights": "loftq"}, "train with init_lora_weights=true"),
     "unknown init": ({"init_lora_weights": "new"}, "set it to true if it was not"),
-    "embedding": ({"target_modules": ["wte"]}, "target_modules='all-linear'"),
+    "another spelling": ({"peft_type": "lora "}, "write it as 'LORA'"),
     "unknown field": ({"new": 1}, "remove those that do not, or update the server"),
     "DoRA with lora_bias": ({"use_dora": True, "lora_bias": True}, "train with lora_bias=false"),
     "DoRA with QA-LoRA": ({"use_dora": True, "use_qalora": True}, "train with one of the two"),
@@ -128,6 +127,9 @@ def test_pooling(fields: dict[str, object], pooling: int) -> None:
         {"exclude_modules": ["k_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
         {"layers_to_transform": 3, "target_modules": r".*\.q_proj", "fan_in_fan_out": True, "lora_dropout": 0.1},
         {"rank_pattern": None, "alpha_pattern": None},
+        {"use_rslora": None, "lora_bias": None, "fan_in_fan_out": None, "ensure_weight_tying": None},
+        {"lora_dropout": None},
+        {"lora_dropout": "0.05"},  # nothing reads it
     ],
 )
 def test_honoured(fields: dict[str, object]) -> None:
@@ -169,6 +171,9 @@ def test_megatron_core_is_never_imported() -> None:
         (b"null", "NoneType"),
         (b'{"r": 8}', "peft_type"),
         (b"\xff\xfe{}", "UTF-16"),
+        ('{"r": 8}'.encode("utf-16-le"), "UTF-16"),
+        (b"// a comment\n{}", "not JSON"),
+        (b'{"error": "Repository not found"}', "fetch it again"),
         (b'{"r": 8, "a": "\xff"}', "not valid JSON"),
         (b'{"peft_type": null, "lora_alpha": 8}', 'add "peft_type": "LORA"'),
         (b'{"lora_parameters": {"rank": 8}, "fine_tune_type": "lora"}', "MLX"),
@@ -252,10 +257,10 @@ def test_all_unknown_fields_are_named_at_once() -> None:
 
 def test_all_that_is_refused_is_named_at_once() -> None:
     with pytest.raises(InvalidAdapter) as caught:
-        parse(kasa_config={}, arrow_config={}, init_lora_weights="pissa", target_modules=["wte"], new_field=1)
+        parse(kasa_config={}, arrow_config={}, init_lora_weights="pissa", peft_type="LOHA", new_field=1)
     assert all(
         word in caught.value.message
-        for word in ("kasa_config", "arrow_config", "init_lora_weights", "target_modules", "new_field")
+        for word in ("kasa_config", "arrow_config", "init_lora_weights", "peft_type", "new_field")
     )
 
 

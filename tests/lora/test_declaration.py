@@ -280,11 +280,11 @@ async def test_the_watch_survives_whatever_a_look_raises(
     with monkeypatch.context() as patch:
         patch.setattr("loramux.lora.declaration.read_manifest", failing)
         write(file, "adapters:\n- name: late\n  source: a\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not fails:
                 await asyncio.sleep(0.01)
     write(file, "adapters:\n- name: later\n  source: a\n")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while registry.find("later") is None:
             await asyncio.sleep(0.01)
     assert caplog.text.count("no memory") >= 1

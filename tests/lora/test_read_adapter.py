@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -105,12 +106,29 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found</
 OTHER_FILES: dict[str, tuple[bytes, str]] = {
     "Git LFS pointer": (POINTER, "`git lfs pull`"),
     "web page": (PAGE, "web page (HTML)"),
+    "Git LFS pointer, Windows": (POINTER.replace(b"\n", b"\r\n"), "`git lfs pull`"),
+    "Git LFS pointer after a byte order mark": (b"\xef\xbb\xbf" + POINTER, "`git lfs pull`"),
+    "Git LFS pointer after a line": (b"\n" + POINTER, "`git lfs pull`"),
+    "web page after a byte order mark": (b"\xef\xbb\xbf\r\n" + PAGE, "web page (HTML)"),
+    "web page after blanks": (b"\n\t " + PAGE.lower(), "web page (HTML)"),
+    "web page in UTF-16": (PAGE.decode().encode("utf-16"), "web page (HTML)"),
+    "part of a web page": (b"<title>503 Service Unavailable</title>", "web page (HTML)"),
+    "XHTML": (b'<?xml version="1.0"?>\n<!DOCTYPE html>', "web page (HTML)"),
+    "very many comments": (b"<!---->" * 73, "web page (HTML)"),
+    "XML without a declaration": (b"<Error><Code>NoSuchKey</Code></Error>", "XML"),
+    "a link's text": (b"../../blobs/4d7a", "symbolic link"),
+    "an annexed file's link": (b"../.git/annex/objects/x/SHA256E-s1--a", "`git annex get`"),
+    "blanks": (b" " * 600, "blanks only"),
+    "UTF-16 without a mark": ('{"a": 1}\n'.encode("utf-16-le"), "UTF-16|JSON"),
+    "empty zip": (b"PK\x05\x06" + b"\0" * 18, "zip archive"),
+    "a pickle of protocol 0": (pickle.dumps({"a": 1}, 0), "a pickle"),
+    "a pickle of protocol 1": (pickle.dumps({"a": 1}, 1), "a pickle"),
     "web page after a comment": (b"\n <!-- x -->\n<html lang=en>", "web page (HTML)"),
     "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML"),
     "text": (b"Entry not found", "begins with 'Entry not found'"),
     "text of several bytes a character, cut": ("ä".encode() * 300, "begins with"),
-    "UTF-16": ("{}".encode("utf-16"), "UTF-16"),
-    "byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
+    "UTF-16": ("{}".encode("utf-16"), "UTF-16|JSON"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "byte order mark|JSON"),
     "gzip": (b"\x1f\x8b\x08\x00" + b"\0" * 60, "gzip"),
     "tar": (b"a/" + b"\0" * 255 + b"ustar\x0000" + b"\0" * 248, "tar archive"),
     "GGUF": (b"GGUF\x03" + b"\0" * 60, "llama.cpp"),
@@ -128,7 +146,23 @@ def test_what_lies_in_a_files_place_is_told(tmp_path: Path, name: str, data: byt
     """A clone without git-lfs was said to claim a header of 2336927755350992246 bytes."""
     write(tmp_path)
     (tmp_path / name).write_bytes(data)
-    refused(tmp_path, name, says)
+    message = refused(tmp_path, name).message
+    assert any(text in message for text in says.split("|"))
+    assert name == WEIGHTS_FILE or "python -c" not in message, "what makes weights of a pickle makes no config of it"
+
+
+def test_a_file_cut_off_within_its_length_is_no_text(tmp_path: Path) -> None:
+    """Every other byte of a short length is zero, as in UTF-16."""
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes((93).to_bytes(8, "little"))
+    refused(tmp_path, "cut off")
+
+
+def test_another_byte_order_is_told(tmp_path: Path) -> None:
+    write(tmp_path)
+    data = (tmp_path / WEIGHTS_FILE).read_bytes()
+    (tmp_path / WEIGHTS_FILE).write_bytes(data[7::-1] + data[8:])
+    refused(tmp_path, "big-endian")
 
 
 def test_exchanged_files_are_told(tmp_path: Path) -> None:
@@ -160,6 +194,14 @@ NEIGHBOURS: dict[str, tuple[str, str]] = {
     "DeepSpeed shards": ("global_step500/zero_pp_rank_0.pt", "stage3_gather"),
     "diffusers": ("pytorch_lora_weights.safetensors", "diffusers"),
     "GGUF": ("adapter.gguf", "llama.cpp"),
+    "MLX, an older version": ("adapters.npz", "MLX"),
+    "another pickle": ("lora.ckpt", "never opened"),
+    "an archive": ("adapter_model.tar.gz", "unpack it"),
+    "another ending": ("adapter_model.SAFETENSORS", "rename it"),
+    "Megatron's shards": ("iter_0000010/mp_rank_00/model_optim_rng.pt", "in shards"),
+    "rsync, before it renames": (".adapter_model.safetensors.Xy12ab", "has not ended"),
+    "weights in a folder": ("weights/adapter_model.safetensors", "put both files into one folder"),
+    "what trainers save beside": ("optimizer.pt", "save_pretrained writes"),
     "an unfinished download": ("adapter_model.safetensors.incomplete", "has not ended"),
 }
 
@@ -168,9 +210,54 @@ NEIGHBOURS: dict[str, tuple[str, str]] = {
 def test_what_lies_beside_a_missing_file_is_told(tmp_path: Path, file: str, says: str) -> None:
     write(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_bytes(b"")
     refused(tmp_path, f"has no {WEIGHTS_FILE}", says)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    """As a cache that was copied without what its links lead to."""
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    (tmp_path / WEIGHTS_FILE).symlink_to("../../blobs/4d7a")
+    refused(tmp_path, "leads nowhere", "cp -rL")
+
+
+def test_a_repository_of_a_cache_is_told(tmp_path: Path) -> None:
+    for folder in ("blobs", "refs", "snapshots/4d7a"):
+        (tmp_path / folder).mkdir(parents=True)
+    refused(tmp_path, "Hugging Face cache", "snapshots")
+
+
+def test_weights_alone_need_their_config(tmp_path: Path) -> None:
+    (write(tmp_path) / CONFIG_FILE).unlink()
+    refused(tmp_path, f"has no {CONFIG_FILE}", "rank and alpha")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2])
+def test_the_command_for_another_dtype_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    write(tmp_path, {key: tensor.to(dtype) for key, tensor in factors(Q0).items()})
+    run_advice(refused(tmp_path, "has dtype").message, tmp_path, monkeypatch)
+    (read,) = read_adapter(tmp_path, SITES, limits=LIMITS).factors
+    assert torch.equal(read.a, factors(Q0)[A].to(dtype).float())
+
+
+VISION = ("base_model.model.model.visual.blocks.0.attn.qkv", "base_model.model.model.multi_modal_projector.linear_1")
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.model.model.language_"])
+def test_other_parts_of_a_multimodal_model_are_told_and_the_command_drops_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    """The first key of the language model was named as one that fits no layer."""
+    both = factors(Q0, prefix=prefix) | {f"{m}.lora_{p}.weight": torch.ones(4, 4) for m in VISION for p in "AB"}
+    write(tmp_path, both, target_modules=["q_proj", "qkv", "linear_1"])
+    error = refused(tmp_path, "visual", "multi_modal_projector", "another part")
+    assert "q_proj" not in error.message
+    run_advice(error.message, tmp_path, monkeypatch)
+    assert len(read_adapter(tmp_path, SITES, limits=LIMITS).factors) == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves closing a file to Python
@@ -183,7 +270,7 @@ def test_the_command_for_a_pickle_works(tmp_path: Path, monkeypatch: pytest.Monk
     tensors = {key: tensor.t().contiguous().t() for key, tensor in factors(Q0, K0).items()}
     shared = torch.stack([tensors[A], tensors[A]])
     tensors[A], tensors[A.replace("q_proj", "k_proj")] = torch.nn.Parameter(shared[0]), shared[1]
-    torch.save(tensors, tmp_path / name)
+    torch.save(tensors | {"epoch": 3}, tmp_path / name)
     run_advice(refused(tmp_path, "never opened", "weights_only=True").message, tmp_path, monkeypatch)
     read = {f.site.name: f.a for f in read_adapter(tmp_path, SITES, limits=LIMITS).factors}
     assert torch.equal(read[Q0], shared[0])
@@ -247,7 +334,10 @@ def test_a_pipe_or_a_folder_in_a_files_place_does_not_hang(tmp_path: Path, name:
     refused(tmp_path, "not a regular file")
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    refused(tmp_path, "irectory")
+    refused(tmp_path, f"{name}: is a folder")
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(name)
+    refused(tmp_path, name, "leads in a circle")
 
 
 @pytest.mark.parametrize(
@@ -393,6 +483,19 @@ def test_a_part_of_a_sharded_model_is_told(tmp_path: Path, names: tuple[str, ...
     refused(folder, f"1/{parts} of", "FULL_STATE_DICT", "ZeRO-3")
 
 
+def test_a_part_that_does_not_divide_evenly_is_told(tmp_path: Path) -> None:
+    """The first of three processes has six of sixteen rows."""
+    tensors = {k: t[:6].contiguous() if "lora_B" in k else t for k, t in factors(Q0).items()}
+    refused(write(tmp_path, tensors), "1/3 of", "FULL_STATE_DICT")
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_"])
+def test_an_empty_part_of_a_sharded_model_is_told(tmp_path: Path, name: str) -> None:
+    """What a process saves that holds no row of them: the load failed with a traceback where all were empty."""
+    tensors = {k: t[:0] if name in k else t for k, t in factors(Q0).items()}
+    refused(write(tmp_path, tensors), "FULL_STATE_DICT")
+
+
 def test_a_smaller_rank_in_both_factors_is_no_shard(tmp_path: Path) -> None:
     assert "shard" not in refused(write(tmp_path, factors(Q0, rank=2), r=4), "rank 2").message
 
@@ -406,6 +509,18 @@ def test_one_adapter_for_two_towers_of_one_layer_is_refused(tmp_path: Path) -> N
 def test_wrapped_and_plain_keys_of_one_layer_are_refused(tmp_path: Path) -> None:
     tensors = factors(Q0) | {f"module.{key}": tensor for key, tensor in factors(Q0).items()}
     refused(write(tmp_path, tensors), "same part")
+
+
+@pytest.mark.parametrize("name", ["default", "lora_text", "lora_base", "modules_to_save", "lora_diag"])
+def test_an_adapters_name_in_the_keys_is_any(tmp_path: Path, name: str) -> None:
+    """Some names hold what tells another format."""
+    named = {key.replace(".weight", f".{name}.weight"): tensor for key, tensor in factors(Q0).items()}
+    assert len(read_adapter(write(tmp_path, named, target_modules=["q_proj"]), SITES, limits=LIMITS).factors) == 1
+
+
+def test_a_whole_model_in_the_weights_place_is_told(tmp_path: Path) -> None:
+    """The advice was to drop what is no LoRA, which is all of it."""
+    refused(write(tmp_path, {f"{Q0}.weight": torch.ones(16, 16), "lm_head.weight": torch.ones(4, 16)}), "whole model")
 
 
 OTHER_KEYS = {

@@ -68,6 +68,7 @@ FEWER: dict[str, tuple[dict[str, Any], str]] = {
     "all-linear": ({"target_modules": "all-linear"}, "for 13 of the 14 layers"),
     "a pattern": ({"target_modules": r".*\.[qv]_proj"}, "(q_proj, v_proj;"),
     "not set": ({"target_modules": None}, "not set"),
+    "the output head": ({"target_modules": [Q0, "lm_head", "model.embed_tokens"]}, "embed_tokens, lm_head"),
 }
 
 
@@ -156,7 +157,13 @@ def with_embedding(rows: Tensor, name: str = "model.embed_tokens") -> dict[str, 
     return factors(*ALL_Q) | {f"base_model.model.{name}.weight": rows.contiguous()}
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens", "model.embed_tokens.base_layer", "language_model.embed_tokens"])
+# As a trainer's own checkpoint has a module that PEFT trains as a whole.
+WHOLE = ["model.embed_tokens.original_module", "model.embed_tokens.modules_to_save.default"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens", "model.embed_tokens.base_layer", "language_model.embed_tokens", *WHOLE]
+)
 def test_a_saved_embedding_that_is_the_bases_is_left_out(tmp_path: Path, name: str) -> None:
     write(tmp_path, with_embedding(EMBEDDING, name))
     assert told(tmp_path, KNOWN) == ()
@@ -184,6 +191,7 @@ def test_a_saved_embedding_is_compared_in_the_precision_that_is_served(tmp_path:
         with_embedding(torch.ones(9)),
         with_embedding(NORM * 2, "model.norm"),
         with_embedding(EMBEDDING, "lm_head"),
+        with_embedding(EMBEDDING, "score.modules_to_save.default"),
     ],
 )
 def test_another_saved_tensor_is_refused_and_the_command_drops_it(
@@ -238,8 +246,9 @@ def test_a_chat_template_that_is_used_is_checked_at_load_and_no_warning(tmp_path
         ({}, None),
     ],
 )
-def test_a_chat_template_in_the_tokenizers_config(tmp_path: Path, config: object, template: str | None) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json"])
+def test_a_chat_template_in_a_config(tmp_path: Path, file: str, config: object, template: str | None) -> None:
+    (tmp_path / file).write_text(json.dumps(config))
     assert own_chat_template(tmp_path) == template
 
 

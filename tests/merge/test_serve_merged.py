@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from loramux import assembly
+from loramux import checks
 from loramux.config import Settings
 from loramux.errors import AdapterUnavailable, StartupError
 from loramux.values import StartAdapter
@@ -67,7 +67,7 @@ async def test_everything_else_is_refused_with_the_way_out(folders: tuple[Path, 
 async def test_dora_and_an_adapter_from_a_hub(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """--adapter-hub counts for --merged, too."""
     cache = folders[1].parent / "cache"
-    monkeypatch.setattr(assembly, "cache_root", lambda: cache)
+    monkeypatch.setattr(checks, "cache_root", lambda: cache)
     save_adapter(cache / "hub" / f"acme--dora@{'0' * 40}", use_dora=True)
     source = f"hub:acme/dora@{'0' * 40}"
     async with serving(*folders, adapter_hub=("acme/*",)) as stack:

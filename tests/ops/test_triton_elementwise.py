@@ -127,6 +127,22 @@ def test_rotate_and_store(
     assert torch.equal(fused, before)
 
 
+def test_a_dimension_of_size_one_may_have_any_stride() -> None:
+    """Torch calls such a tensor contiguous all the same; one head of one dimension is the extreme."""
+
+    def odd(t: torch.Tensor) -> torch.Tensor:
+        return t.as_strided(t.shape, [1000 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)])
+
+    q, k, v = (draw(i, 1, 1, 1, dtype=BF16) for i in range(3))
+    cache = LayerCache.allocate(1, 1, 1, 1, 1, BF16, DEVICE)
+    rotate_and_store(odd(q), odd(k), odd(v), None, None, cache, torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    assert torch.equal(cache.keys.flatten(), k.flatten())
+    assert torch.equal(cache.values.flatten(), v.flatten())
+    x, weight = draw(3, 1, 1, dtype=BF16), draw(4, 1, dtype=BF16)
+    assert torch.equal(norm(odd(x), odd(x), weight, 1e-5)[1], norm(x, x, weight, 1e-5)[1])
+    assert greedy(odd(x))[0].tolist() == [0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 300), (2, CHUNK), (2, CHUNK + 1), (3, 3 * CHUNK - 7)])
 def test_greedy(rows: int, vocabulary: int, dtype: torch.dtype) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
+import pytest
+from loramux.errors import InvalidAdapter
 from loramux.v1 import adapters_pb2
 
 from tests.patience import PATIENCE
@@ -114,3 +117,17 @@ async def test_a_request_waits_for_an_adapter_that_loads(tmp_path: Path) -> None
         result = await r.client.generate("hi", adapter="a", max_new_tokens=3)
         assert result.adapters[0].uid == (await load).uid
         await r.settle()
+
+
+async def test_no_text_of_a_file_takes_the_list_away(tmp_path: Path) -> None:
+    """A tensor's name may have lone surrogates, which no message can hold: one such file made every List fail."""
+    async with running(tmp_path, read=lambda folder: refuse("\ud800x")) as r:
+        write_adapter(tmp_path, "a")
+        with pytest.raises(InvalidAdapter):
+            await r.admin.load("a")
+        assert [a.name for a in (await r.admin.list()).adapters] == ["a"]
+        assert "\\ud800x: is no tensor" in (await r.admin.get("a")).error
+
+
+def refuse(tensor: str) -> Any:
+    raise InvalidAdapter(tensor, "is no tensor of LoRA", reason="UNSUPPORTED_ADAPTER")

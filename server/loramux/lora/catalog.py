@@ -255,7 +255,7 @@ class Catalog:
             )
             return entry is current
         # Of that version nothing is left that could serve. The next request reads what lies there now.
-        if await self._loader.digest(path) == current.digest:
+        if await self._loader.holds(path, current):
             return True
         if self._registry.find(current.name) is current and self._registry.loading(current.name) is None:
             self._registry.register(current.name, path, pinned=current.pinned, managed=current.managed)

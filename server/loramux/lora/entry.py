@@ -115,6 +115,7 @@ class AdapterEntry:
     fixed           nothing but its digest will do: an adapters file says so
     irreplaceable   what is in memory cannot be read again: its files have changed
     read_as         what its files looked like (lora.scan) when they were read, or were to be
+    template_as     what its own chat template was (lora.chat_template) when they were read
     warnings        what an operator should know of it, in sentences; `notice`, what is said of its folder, is one
     """
 
@@ -146,6 +147,7 @@ class AdapterEntry:
     fixed: bool = False
     irreplaceable: bool = False
     read_as: tuple[object, ...] = ()
+    template_as: str = ""
     notice: str = ""
     warnings: tuple[str, ...] = ()
 

@@ -40,6 +40,14 @@ class TensorEntry:
     nbytes: int
 
 
+_FLOATS = ("F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_TO_FLOAT = (
+    f"Convert it in its folder: python -c \"import safetensors.torch; f = '{WEIGHTS_FILE}'; "
+    'safetensors.torch.save_file({k: v.float() for k, v in safetensors.torch.load_file(f).items()}, f)"'
+)
+_NO_FLOAT = "These are no numbers of a LoRA, or quantized ones: load it in what wrote it, and save it in float32"
+
+
 def header_length(start: bytes, file_bytes: int, limits: ReadLimits) -> int:
     """Bytes of the JSON header, from the file's first START_BYTES. Raises InvalidAdapter if it cannot be true."""
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
@@ -49,6 +57,10 @@ def header_length(start: bytes, file_bytes: int, limits: ReadLimits) -> int:
         what = describe(start)
         if what is not None:
             raise _corrupt(what)
+        if start[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" and (
+            int.from_bytes(start[:LENGTH_BYTES], "big") <= file_bytes - LENGTH_BYTES
+        ):
+            raise _corrupt("has its header's length in big-endian byte order; write it with safetensors' save_file")
     if len(start) < LENGTH_BYTES:
         raise _corrupt(f"has {file_bytes} bytes, too few for a header; it was cut off")
     if length > limits.header_bytes:
@@ -163,8 +175,8 @@ def _entry(key: str, value: object, data: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise InvalidAdapter(
             key,
-            f"has dtype {str(dtype)[:32]!r}; adapters are read in {', '.join(_ITEM_BYTES)}: save it with "
-            "tensor.float()",
+            f"has dtype {str(dtype)[:32]!r}; adapters are read in {', '.join(_ITEM_BYTES)}. "
+            + (_TO_FLOAT if dtype in _FLOATS else _NO_FLOAT),
             reason="UNSUPPORTED_ADAPTER",
         )
     if isinstance(shape, list) and len(shape) > _MAX_DIMS:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from loramux.errors import AdapterExists, AdapterUnavailable, Cancelled, Draining, InvalidAdapter, LoramuxError
-from loramux.lora.chat_template import own_chat_template
+from loramux.lora.chat_template import own_chat_template, template_digest
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.limits import ReadLimits
@@ -95,11 +95,13 @@ class Loader:
         entry, _ = await asyncio.shield(self._start(name, job, self._validate(job, name, source), {}))
         return entry
 
-    async def digest(self, source: str) -> str:
-        """What lies at `source` now."""
+    async def holds(self, source: str, entry: AdapterEntry) -> bool:
+        """Whether what lies at `source` now is what the entry was read from, its chat template included."""
         job = self._job()
         folder = await self._workers.run(job, self._roots.resolve, source)
-        return await self._workers.run(job, folder_digest, folder, self._limits)
+        if await self._workers.run(job, folder_digest, folder, self._limits) != entry.digest:
+            return False
+        return await self._workers.run(job, template_digest, folder) == entry.template_as
 
     async def folder(self, entry: AdapterEntry) -> AdapterFolder:
         """Where its files are, if they may be read: what is registered has not been resolved yet."""
@@ -190,6 +192,7 @@ class Loader:
         started = asyncio.get_running_loop().time()
         entry.read_as = await self._workers.run(job, identity_of, entry.source)
         folder = await self._workers.run(job, self._roots.resolve, entry.source)
+        entry.template_as = await self._workers.run(job, template_digest, folder)
         loaded = await self._workers.run(job, self._read, folder)
         return loaded, asyncio.get_running_loop().time() - started
 
@@ -228,7 +231,8 @@ class Loader:
         if current is not None and current.state is State.READY:
             # Hashed before anything is placed: what is loaded already must not need memory twice.
             digest = await self._workers.run(job, folder_digest, folder, self._limits)
-            if digest == current.digest:
+            template = await self._workers.run(job, template_digest, folder)
+            if digest == current.digest and (template == current.template_as or not replace):
                 return (self._registry.pin(name, True) if pin else current), True
             if not replace:
                 raise _name_taken(current, digest, folder)
@@ -237,6 +241,7 @@ class Loader:
         with self._reservation(job, entry.uid):
             try:
                 entry.read_as = await self._workers.run(job, identity_of, entry.source)
+                entry.template_as = await self._workers.run(job, template_digest, folder)
                 loaded = await self._read_within_budget(job, entry.uid, name, folder)
                 seconds = asyncio.get_running_loop().time() - started
                 return self._registry.ready(entry.uid, loaded, load_seconds=seconds), False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,16 +16,43 @@ _LOWER_CASE = (
     "rename lora_a to lora_A.weight and lora_b to lora_B.weight, both transposed"
 )
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)")
+_NAMED = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)")  # with the adapter's name
 # PEFT writes no ".weight" here; files from other hands may have it.
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
-_OF_BASE = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.(?P<kind>weight|bias)")
+# A module that is trained as a whole: what it was, and what became of it, where a checkpoint was saved without PEFT.
+_OF_BASE = re.compile(
+    r"(?P<module>.+?)(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?\.(?P<kind>weight|bias)"
+)
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _PEFT_PREFIX = re.compile(r"(?:^|.*?\.)base_model\.model\.")
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into paths.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # What a multimodal model calls its language model inside a path.
-_TOWERS = frozenset({"language_model", "text_model", "text_decoder", "language_decoder", "llm"})
-_HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"})
+_TOWERS = frozenset(
+    {
+        *("language_model", "text_model", "text_decoder", "language_decoder", "llm"),
+        *("text_tower", "language_tower", "language_backbone", "lang_model", "lang_encoder", "lm", "text"),
+    }
+)
+# What it calls its other parts.
+_OTHER_TOWERS = frozenset(
+    {
+        *(
+            "visual",
+            "vision_model",
+            "vision_tower",
+            "vision_encoder",
+            "vision",
+            "vit",
+            "vpm",
+            "image_encoder",
+            "resampler",
+        ),
+        *("audio_tower", "audio_model", "audio_encoder", "speech_encoder", "talker", "token2wav", "code2wav"),
+        *("multi_modal_projector", "mm_projector", "multimodal_projector", "embed_vision", "embed_audio", "mlp1"),
+    }
+)
+HEADS_AND_EMBEDDINGS = frozenset({"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"})
 
 # What a key that is no factor of a linear layer tells, and the way out.
 _REFUSED_KEYS = (
@@ -33,10 +60,6 @@ _REFUSED_KEYS = (
     ("lora_velora", "matters for training only; drop the lora_velora_embed tensors from the file"),
     ("lora_monteclora", "matters for training only; drop the lora_monteclora_sampler tensors from the file"),
     ("lora_embedding_", "targets an embedding, which all adapters share; train with linear layers only"),
-    (
-        "modules_to_save",
-        "replaces a module of the base, which all adapters share; train without modules_to_save",
-    ),
     ("trainable_tokens", "changes the embedding, which all adapters share; train without trainable_token_indices"),
     (
         ".base_layer.lora_",
@@ -91,8 +114,9 @@ def parse_key(key: str) -> FactorKey:
     PEFT drops the adapter's name ("lora_A.default.weight") when it saves; files written by hand may still have it.
     Raises InvalidAdapter that names the key.
     """
+    without_name = _NAMED.sub(r"\1", key)
     for mark, message in _REFUSED_KEYS:
-        if mark in key:
+        if mark in without_name:
             raise _unsupported(key, message)
     plain = plain_path(key)
     match = _FACTOR.fullmatch(plain) or _MAGNITUDE.fullmatch(plain)
@@ -106,7 +130,7 @@ def parse_key(key: str) -> FactorKey:
             "the adapter with PEFT's save_pretrained(..., save_embedding_layers=False), trained with bias='none' and "
             "without modules_to_save",
         )
-    if match["module"].rpartition(".")[2] in _HEADS_AND_EMBEDDINGS:
+    if match["module"].rpartition(".")[2] in HEADS_AND_EMBEDDINGS:
         raise _unsupported(
             key,
             "targets an embedding or the output head, which all adapters share; train with linear layers only, e.g. "
@@ -137,6 +161,7 @@ def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, S
     modules = list(dict.fromkeys(key.module for key in keys))
     if not modules:
         raise InvalidAdapter(WEIGHTS_FILE, "has no tensors of LoRA", reason="CORRUPT_ADAPTER")
+    _check_towers(keys, by_name)
     if not any(module in by_name for module in modules):
         for paths in (modules, [_without_tower(module) for module in modules]):
             found = _fit(paths, by_name)
@@ -149,6 +174,29 @@ def match_sites(keys: Sequence[FactorKey], sites: Sequence[Site]) -> dict[str, S
             near = _neighbours(key.module, by_name)
             raise _mismatch(key.key, f"matches no linear layer of the base: was it trained on another one? {near}")
     return {module: by_name[module] for module in modules}
+
+
+def _check_towers(keys: Sequence[FactorKey], by_name: Mapping[str, Site]) -> None:
+    """Raises InvalidAdapter for tensors of a multimodal model's other parts."""
+    others = {key.key: _OTHER_TOWERS.intersection(key.module.split(".")) for key in keys if key.module not in by_name}
+    first = next((key for key, towers in others.items() if towers), None)
+    if first is not None:
+        towers = sorted(set().union(*others.values()))
+        dropped = dropping(f"not {{{str(towers)[1:-1]}}} & set(k.split('.'))")
+        raise _mismatch(
+            first,
+            f"belongs to another part of a multimodal model ({', '.join(towers)}), and this server has the language "
+            "model alone. Leave that part out in training (exclude_modules), or, if texts are all that the adapter is "
+            f"for, drop its tensors: in a copy of the folder, {dropped}",
+        )
+
+
+def dropping(kept: str) -> str:
+    """The command that keeps of the weights the tensors for whose key k the expression `kept` holds."""
+    return (
+        f"python -c \"import safetensors.torch; f = '{WEIGHTS_FILE}'; safetensors.torch.save_file({{k: v for k, v in "
+        f'safetensors.torch.load_file(f).items() if {kept}}}, f)"'
+    )
 
 
 def _without_tower(module: str) -> str:

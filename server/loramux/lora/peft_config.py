@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, cast
 
@@ -27,7 +27,6 @@ _MAX_NAMED = 32  # unknown fields in one message
 Rank = Annotated[int, Field(ge=1, le=_MAX_WHOLE)]
 Alpha = Annotated[float, Field(allow_inf_nan=False, ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
 Names = Annotated[list[str], Field(fail_fast=True)]  # an error for each of 200,000 entries would take seconds to write
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the way.
 _SAVE_PLAIN = (
@@ -78,7 +77,6 @@ _TRAINERS_FIELDS = frozenset(
         *("base_model_class", "parent_library", "tokenizer_name_or_path", "model_max_length", "torch_dtype", "dtype"),
     }
 )
-_NOT_LINEAR_TARGETS = frozenset({"embed_tokens", "wte", "wpe", "embed_in", "lm_head", "embed_out"})
 
 
 class PeftConfig(BaseModel):
@@ -90,10 +88,10 @@ class PeftConfig(BaseModel):
     peft_type: str | None = None
     r: Rank = 8
     lora_alpha: Alpha = 8.0
-    use_rslora: bool = False
+    use_rslora: bool | None = False
     rank_pattern: PatternTable[int] = PatternTable()
     alpha_pattern: PatternTable[float] = PatternTable()
-    lora_bias: bool = False
+    lora_bias: bool | None = False
     use_dora: bool | None = None
     use_qalora: bool | None = None
     qalora_group_size: Any = None  # without use_qalora it has no effect
@@ -107,9 +105,9 @@ class PeftConfig(BaseModel):
 
     # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and the
     # configs of an initialization stay in the file when the adapter was converted to plain LoRA.
-    fan_in_fan_out: bool = False
-    lora_dropout: Finite = 0.0
-    ensure_weight_tying: bool = False
+    fan_in_fan_out: Any = False
+    lora_dropout: Any = 0.0
+    ensure_weight_tying: Any = False
     loftq_config: Any = None
     eva_config: Any = None
     corda_config: Any = None
@@ -190,16 +188,17 @@ def parse_config(data: bytes) -> PeftConfig:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
         raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
-    problems = []
-    for check in (_check_peft_type, *_FIELD_CHECKS, _check_variant, _check_init, _check_targets, _check_unknown):
+    refusals: list[InvalidAdapter] = []
+    checks: tuple[Callable[[PeftConfig], None], ...] = (_check_peft_type, *_FIELD_CHECKS, *_OTHER_CHECKS)
+    for check in checks:
         try:
             check(config)
         except InvalidAdapter as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:  # at once: nobody mends a file one error a try
-        raise InvalidAdapter(CONFIG_FILE, "; ".join(p.message for p in problems), reason="UNSUPPORTED_ADAPTER")
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
+    if refusals:  # at once: nobody mends a file one error a try
+        raise InvalidAdapter(CONFIG_FILE, "; ".join(r.message for r in refusals), reason="UNSUPPORTED_ADAPTER")
     return config
 
 
@@ -229,7 +228,8 @@ def _load_json(data: bytes) -> dict[str, Any]:
 def _not_json(data: bytes, error: Exception) -> str:
     if data[8:9] == b"{" and b"data_offsets" in data[:65536]:
         return "is a safetensors file, not JSON; were the two files exchanged?"
-    what = None if data.lstrip()[:1] in (b"{", b"[") else describe(data[:SIGNATURE_BYTES])
+    json_text = data.lstrip()[:1] in (b"{", b"[") and data[1:2] != b"\0"
+    what = None if json_text else describe(data[:SIGNATURE_BYTES], CONFIG_FILE)
     return what or f"is not valid JSON: {error}"
 
 
@@ -240,6 +240,13 @@ def _check_origin(fields: Mapping[str, Any]) -> None:
             CONFIG_FILE,
             "is MLX's, not PEFT's. Convert it: in the weights lora_a becomes lora_A.weight and lora_b lora_B.weight, "
             "both transposed; write peft_type LORA, r (MLX's rank), lora_alpha (rank * scale) and target_modules here",
+            reason="INVALID_CONFIG",
+        )
+    if "r" not in fields and not fields.keys().isdisjoint(("error", "weight_map")):
+        raise InvalidAdapter(
+            CONFIG_FILE,
+            "is a server's answer to a download, or an index of weights; the adapter's own is what PEFT's "
+            "save_pretrained writes: fetch it again",
             reason="INVALID_CONFIG",
         )
     if "r" not in fields and not fields.keys().isdisjoint(("architectures", "model_type", "tokenizer_class")):
@@ -257,6 +264,8 @@ def _check_origin(fields: Mapping[str, Any]) -> None:
 
 
 def _check_peft_type(config: PeftConfig) -> None:
+    if config.peft_type is not None and config.peft_type != "LORA" and config.peft_type.strip().upper() == "LORA":
+        _refuse("peft_type", f"{config.peft_type!r} is no method that PEFT knows; write it as 'LORA'")
     if config.peft_type not in ("LORA", None):
         _refuse(
             "peft_type",
@@ -315,17 +324,6 @@ def _check_init(config: PeftConfig) -> None:
         )
 
 
-def _check_targets(config: PeftConfig) -> None:
-    targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
-    for target in targets:
-        if target.rpartition(".")[2] in _NOT_LINEAR_TARGETS:
-            _refuse(
-                "target_modules",
-                f"{target!r} is an embedding or the output head, which all adapters share; train with linear layers "
-                "only, e.g. target_modules='all-linear'",
-            )
-
-
 def _check_unknown(config: PeftConfig) -> None:
     """Raises InvalidAdapter that names all unknown fields with a value."""
     unknown = {
@@ -343,6 +341,9 @@ def _check_unknown(config: PeftConfig) -> None:
             f"has fields that are unknown to this server and may change what the adapter computes: "
             f"{', '.join(named)}{more}; remove those that do not, or update the server",
         )
+
+
+_OTHER_CHECKS = (_check_variant, _check_init, _check_unknown)
 
 
 def _check_number(field: str, key: str, number: object) -> None:

@@ -105,6 +105,13 @@ def read_adapter(
     snapshot = take_snapshot(folder, limits)
     config = parse_config(snapshot.config)
     keys = [parse_key(entry.key) for entry in snapshot.entries]
+    if keys and all(key.of_base for key in keys):
+        raise InvalidAdapter(
+            WEIGHTS_FILE,
+            f"has no tensors of LoRA but {len(keys)} of a model, e.g. {keys[0].key}: a whole model, or one that the "
+            "adapter was merged into; take what PEFT's save_pretrained wrote before the merge",
+            reason="UNSUPPORTED_ADAPTER",
+        )
     _check_finite(snapshot)
     notes = check_saved(
         [(key, _tensor(e, snapshot)) for key, e in zip(keys, snapshot.entries, strict=True) if key.of_base], base
@@ -114,9 +121,10 @@ def read_adapter(
     parts = _by_module(own)
     paths = {key.module: _paths(key, by_module[key.module]) for key, _ in own}
     selected = config.selection()
+    trained = _as_trained(paths, selected)
     factors = []
     for module, site in by_module.items():
-        _check_selected(paths[module], parts[module], selected, config)
+        _check_selected(paths[module], parts[module], selected, config, trained)
         factors.append(_site_factors(site, paths[module], parts[module], snapshot, config, limits))
     template = own_chat_template(folder)
     if template is not None and (same_template(template, base.chat_template) or not template.strip()):
@@ -137,12 +145,25 @@ def _paths(key: FactorKey, site: Site) -> tuple[str, ...]:
     return tuple(dict.fromkeys((key.module, key.seen, site.name)))
 
 
+def _as_trained(paths: Mapping[str, tuple[str, ...]], selected: Selection) -> int | None:
+    """How many of the paths exclude_modules was written against, None for all: -1 if it leaves out every module by its
+    path in this base, and none by those of training ("all but the language model", where that is all there is here)."""
+    named = list(paths.values())
+    if all(len(names) > 1 and selected.excludes(names[-1]) for names in named):
+        return None if any(selected.excludes(name) for names in named for name in names[:-1]) else -1
+    return None
+
+
 def _check_selected(
-    paths: tuple[str, ...], parts: Mapping[str, TensorEntry], selected: Selection, config: PeftConfig
+    paths: tuple[str, ...],
+    parts: Mapping[str, TensorEntry],
+    selected: Selection,
+    config: PeftConfig,
+    trained: int | None,
 ) -> None:
     """Raises InvalidAdapter if a field leaves the module out: PEFT would not apply its tensors either."""
     key = next(iter(parts.values())).key
-    field = selected.left_out_by(paths)
+    field = selected.left_out_by(paths, trained=trained)
     if field is not None:
         raise InvalidAdapter(
             field,
@@ -289,8 +310,9 @@ def _other_base(entry: TensorEntry, site: Site, what: str, found: int, side: str
 
 
 def _share(found: int, whole: int) -> str | None:
-    """ "1/2" if that is what `found` is of `whole`; None if it is no such fraction."""
-    return f"1/{whole // found}" if 0 < found < whole and whole % found == 0 else None
+    """ "1/2" if that is what `found` is of `whole`, or the first of two parts, rounded up; None if it is none such."""
+    parts = -(-whole // found) if 0 < found < whole else 0
+    return f"1/{parts}" if parts and found == -(-whole // parts) else None
 
 
 def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:
@@ -300,6 +322,8 @@ def _tensor(entry: TensorEntry, snapshot: FolderSnapshot) -> Tensor:
 
 def _numbers(first: TensorEntry, snapshot: FolderSnapshot, nbytes: int) -> Tensor:
     dtype = _DTYPES[first.dtype]
+    if nbytes == 0:  # a shard that holds nothing of a tensor; frombuffer refuses it
+        return torch.empty(0, dtype=dtype)
     return torch.frombuffer(snapshot.weights, dtype=dtype, count=nbytes // dtype.itemsize, offset=first.start)
 
 
@@ -322,4 +346,4 @@ def _check_finite(snapshot: FolderSnapshot) -> None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or Inf; in one pass without a temporary, since aminmax hands NaN on."""
-    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
+    return tensor.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))

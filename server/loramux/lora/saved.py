@@ -12,15 +12,9 @@ from torch import Tensor
 
 from loramux.errors import InvalidAdapter
 from loramux.lora.base import Base
-from loramux.lora.matching import FactorKey
-from loramux.lora.roots import WEIGHTS_FILE
+from loramux.lora.matching import FactorKey, dropping
 
 _ROWS = 4096  # that are compared at a time
-_DROP = (
-    'python -c "import safetensors.torch; f = '
-    f"'{WEIGHTS_FILE}'; safetensors.torch.save_file({{k: v for k, v in safetensors.torch.load_file(f).items() "
-    "if '.lora_' in k}, f)\""
-)
 
 
 def check_saved(tensors: Sequence[tuple[FactorKey, Tensor]], base: Base) -> list[str]:
@@ -38,7 +32,7 @@ def check_saved(tensors: Sequence[tuple[FactorKey, Tensor]], base: Base) -> list
                 "is a tensor of the base, which all adapters share, and not of LoRA"
                 + ("; it differs from the base's own" if own is not None else "")
                 + ". If it was not trained but only saved (PEFT saves embeddings when the vocabulary was resized), "
-                f"drop it: in a copy of the folder, {_DROP}",
+                "drop it: in a copy of the folder, " + dropping("'.lora_' in k"),
                 reason="UNSUPPORTED_ADAPTER",
             )
         if len(saved) != len(own):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loramux.errors import InvalidRequest
+from loramux.lora.chat_template import TEMPLATE_FILES
 from loramux.lora.folder import root_of
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, check_name
 
@@ -28,6 +29,10 @@ _CACHED = "models--"  # huggingface_hub's folders of models
 _MOST_ENTRIES = 256  # of a folder that changes are looked at
 _OUTSIDE = "leads outside the adapter roots; copy it under a root, or make where it leads another --adapter-dir"
 _NOWHERE = "is a link that leads nowhere"
+_UNCLEAR = (
+    "has several snapshots in the cache, and its refs/main names none of them; download it again, or load one of them "
+    "by its path (models--…/snapshots/…)"
+)
 _CIRCLE = "is a link that leads in a circle"
 
 
@@ -103,9 +108,14 @@ def scan(
 
 
 def identity_of(folder: str) -> Identity:
-    """Of both files, wherever links lead; what cannot be looked at has none."""
+    """Of both files and of those that may hold a chat template, wherever links lead; what cannot be looked at has
+    none."""
+    return (*_stats(folder, (CONFIG_FILE, WEIGHTS_FILE)), *_stats(folder, TEMPLATE_FILES))
+
+
+def _stats(folder: str, files: Sequence[str]) -> Identity:
     identity: list[object] = []
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
+    for file in files:
         try:
             identity += _identity(os.stat(f"{folder}/{file}"))
         except OSError:
@@ -157,9 +167,11 @@ def _folders(root: Path, roots: Sequence[Path], look: Look, before: Mapping[str,
         if not folder:
             continue
         if entry.name.startswith(_CACHED):
-            snapshot = _snapshot(path)
+            name, snapshot = entry.name.removeprefix(_CACHED), _snapshot(path)
             if snapshot is not None:
-                yield entry.name.removeprefix(_CACHED), snapshot
+                yield name, snapshot
+            elif _has_adapters(path):
+                look.skipped[name] = _UNCLEAR
         else:
             yield entry.name, path
 
@@ -178,6 +190,15 @@ def _snapshot(cached: str) -> str | None:
     if main in names:
         return f"{cached}/snapshots/{main}"
     return f"{cached}/snapshots/{names[0]}" if len(names) == 1 else None
+
+
+def _has_adapters(cached: str) -> bool:
+    """Whether a cached repository, of which no snapshot stands out, has adapters: most of a cache are models."""
+    try:
+        with os.scandir(f"{cached}/snapshots") as entries:
+            return any(os.path.lexists(f"{entry.path}/{CONFIG_FILE}") for entry in islice(entries, _MOST_ENTRIES))
+    except OSError:
+        return False
 
 
 def _add(look: Look, roots: Sequence[Path], place: Found, name: str, before: Mapping[str, Found]) -> None:
@@ -226,7 +247,7 @@ def _checked_identity(folder: str, roots: Sequence[Path]) -> Identity | None:
         return None
     if missing:
         raise _Unfit(f"has no {missing[0]}", half=True)
-    return tuple(identity)
+    return (*identity, *_stats(folder, TEMPLATE_FILES))
 
 
 def _followed(path: str, roots: Sequence[Path]) -> os.stat_result:

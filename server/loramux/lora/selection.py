@@ -21,22 +21,26 @@ class Selection:
     """What target_modules, exclude_modules, modules_to_save, layers_to_transform and layers_pattern say.
 
     targets, excluded  a pattern of the whole path, or ends of paths; targets None: everything
-    replaced           modules that modules_to_save replaces: PEFT puts no LoRA into them
+    replaced           patterns of modules that modules_to_save replaces: PEFT puts no LoRA into them
     layers             None: all
     """
 
     targets: PathPattern | frozenset[str] | None = None
     excluded: PathPattern | frozenset[str] = frozenset()
-    replaced: frozenset[str] = frozenset()
+    replaced: tuple[re.Pattern[str], ...] = ()
     layers: frozenset[int] | None = None
     layer_patterns: tuple[re.Pattern[str], ...] = (_ANY_LAYER,)
 
-    def left_out_by(self, paths: Sequence[str]) -> str | None:
+    def excludes(self, path: str) -> bool:
+        """Whether exclude_modules leaves the module at `path` out. Raises as left_out_by."""
+        return _selects(self.excluded, path)
+
+    def left_out_by(self, paths: Sequence[str], *, trained: int | None = None) -> str | None:
         """The field that keeps the module out, None if it is selected. Raises InvalidAdapter for a pattern that takes
-        too long."""
-        if any(_selects(self.excluded, path) for path in paths):
+        too long. Only the first `trained` paths are asked for exclusion."""
+        if any(map(self.excludes, paths[:trained])):
             return "exclude_modules"
-        if any(f".{name}." in f".{path}." for path in paths for name in self.replaced):
+        if any(pattern.match(path) for path in paths for pattern in self.replaced):
             return "modules_to_save"
         if self.targets is not None and not any(_selects(self.targets, path) for path in paths):
             return "target_modules"
@@ -70,10 +74,11 @@ def selection(
     layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     found = compile_bounded("layers_pattern", {p: rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns or () if p})
+    saved = compile_bounded("modules_to_save", {m: rf"(^|.*\.){m}($|\..*)" for m in modules_to_save if m})
     return Selection(
         targets,
         excluded,
-        frozenset(modules_to_save),
+        tuple(saved.values()),
         frozenset(layers) if layers else None,
         tuple(found.values()) or (_ANY_LAYER,),
     )

@@ -9,6 +9,7 @@ adapter_model.safetensors: its name in ASCII, a zero byte, its length as 8 bytes
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -136,6 +137,15 @@ def _open(opened: OpenedFolder, name: str, limit: int) -> BufferedReader:
         file = open(name, "rb", opener=lambda name, _: opened.open(name))  # noqa: SIM115
     except FileNotFoundError:
         raise InvalidAdapter(name, missing(opened, name), reason="ADAPTER_FILES_MISSING") from None
+    except IsADirectoryError:
+        raise InvalidAdapter(
+            name,
+            f"is a folder; the file of that name that PEFT's save_pretrained wrote belongs there ({path})",
+            reason="ADAPTER_FILES_UNREADABLE",
+        ) from None
+    except OSError as error:
+        why = "it is a link that leads in a circle" if error.errno == errno.ELOOP else error.strerror or str(error)
+        raise InvalidAdapter(name, f"{path} cannot be read: {why}", reason="ADAPTER_FILES_UNREADABLE") from None
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         file.close()

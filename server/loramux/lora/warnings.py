@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loramux.lora.base import Base
+from loramux.lora.matching import HEADS_AND_EMBEDDINGS
 from loramux.lora.peft_config import PeftConfig, shown
 from loramux.lora.selection import Selection
 from loramux.ops.site import Site
@@ -40,6 +41,7 @@ def warnings_of(
     found = (
         _effect(config, factors),
         _fewer(config, selected, paths, factors, sites),
+        _heads(config, sites),
         _unmatched("rank_pattern", config, paths),
         _unmatched("alpha_pattern", config, paths),
         _switched_on(config),
@@ -99,6 +101,16 @@ def _fewer(
         f"the file has no tensors for {len(missing)} of the {len(missing) + len(has)} layers that target_modules "
         f"selects ({', '.join(names[:_MOST_NAMED])}{more}; the first is {missing[0].name}); they stay the base's"
     )
+
+
+def _heads(config: PeftConfig, sites: Sequence[Site]) -> str | None:
+    """Tensors for these are refused where they are; a name without tensors changes nothing."""
+    targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
+    named = sorted({end for t in targets if (end := t.rpartition(".")[2]) in HEADS_AND_EMBEDDINGS})
+    named = [name for name in named if not any(f".{site.name}".endswith(f".{name}") for site in sites)]
+    if not named:
+        return None
+    return f"target_modules names {', '.join(named)}, for which the file has no tensors; they stay the base's"
 
 
 def _prefixes(paths: tuple[str, ...]) -> tuple[str, str]:

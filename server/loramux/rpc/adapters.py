@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 from loramux.engine.client import EngineClient
 from loramux.errors import AdapterUnavailable, Cancelled, InvalidRequest, SlowReader
+from loramux.escaping import encodable
 from loramux.lora.entry import AdapterEntry, Residency, State
 from loramux.lora.ingredient import Ingredient
 from loramux.lora.manager import AdapterManager
@@ -50,7 +51,7 @@ def describe(entry: AdapterEntry, merged: str = "") -> pb.Adapter:
         name=entry.name,
         uid=entry.uid,
         digest=entry.digest,
-        source=entry.source,
+        source=encodable(entry.source),
         state=_STATES[entry.state],
         residency=_RESIDENCIES[entry.residency],
         pinned=entry.pinned,
@@ -60,9 +61,9 @@ def describe(entry: AdapterEntry, merged: str = "") -> pb.Adapter:
         target_modules=entry.target_modules,
         sites=entry.site_count,
         leases=len(entry.leases),
-        error=entry.error.message if entry.error is not None else "",
+        error=encodable(entry.error.message) if entry.error is not None else "",
         merged=entry.name == merged,
-        warnings=entry.warnings,
+        warnings=map(encodable, entry.warnings),
     )
     if entry.loaded_at:
         message.loaded_at.FromNanoseconds(int(entry.loaded_at * 1e9))

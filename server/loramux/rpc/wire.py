@@ -62,16 +62,16 @@ def find_text(raw: bytes, message: Descriptor, *path: str, most_bytes: int) -> s
     "" if the message has no such field, or its text is not among the first fields.
     """
     at, end = 0, len(raw)
-    within: Descriptor | None = message
+    inner: Descriptor | None = message
     for name in path:
-        field = within.fields_by_name.get(name) if within is not None else None
+        field = inner.fields_by_name.get(name) if inner is not None else None
         places = (
             (start, stop)
             for number, kind, start, stop in islice(_fields(raw, at, end), _LOOKED_AT)
             if field is not None and number == field.number and kind == _DELIMITED
         )
         at, end = next(places, (0, 0))
-        within = field.message_type if field is not None else None
+        inner = field.message_type if field is not None else None
     return raw[at : min(end, at + most_bytes)].decode("utf-8", "ignore")
 
 
