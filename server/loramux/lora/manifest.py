@@ -28,6 +28,13 @@ from loramux.lora.yaml_text import Plain, read_yaml, told
 
 _MOST_BYTES = 16 << 20
 _MOST_PROBLEMS = 8
+_SAID = {
+    "missing": "is missing",
+    "list_type": "must be a list of adapters",
+    "string_type": "must be text",
+    "bool_type": "must be true or false, without quotes",
+    "string_pattern_mismatch": "must be sha256: and 64 digits of 0-9a-f",
+}
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -78,7 +85,7 @@ def read_manifest(path: Path) -> Mapping[str, Declared]:
         file = _File.model_validate(content if content is not None else {})
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        shown = [_place(e["loc"]) + e["msg"].removeprefix("Value error, ") for e in problems[:_MOST_PROBLEMS]]
+        shown = [_place(e["loc"]) + _said(e["type"], e["msg"], e["loc"]) for e in problems[:_MOST_PROBLEMS]]
         more = len(problems) - len(shown)
         raise _wrong(path, "; ".join(shown) + (f"; and {more} more" if more else "")) from None
     declared: dict[str, Declared] = {}
@@ -102,6 +109,16 @@ def _content(path: Path) -> bytes:
     if len(content) > _MOST_BYTES:
         raise _wrong(path, f"is larger than {_MOST_BYTES >> 20} MiB")
     return content
+
+
+def _said(kind: str, text: str, location: tuple[int | str, ...]) -> str:
+    """What pydantic found wrong, in the words of whoever writes the file."""
+    known = "an adapter has name, source, digest and pin" if len(location) > 1 else "the file has one key, adapters"
+    if kind == "extra_forbidden":
+        return f"is no key that is known; {known}"
+    if kind == "model_type":
+        return f"must be a mapping; {known}"
+    return _SAID.get(kind, text.removeprefix("Value error, "))
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -299,10 +299,10 @@ def _publish(built: Path, target: Path) -> None:
         os.fsync(file.fileno())
     written = built.with_name("sum")
     written.write_text(digest + "\n")
-    for file, place in ((written, _sum_file(target)), (built, target)):
+    for made, place in ((written, _sum_file(target)), (built, target)):
         if place.is_dir() and not place.is_symlink():  # no file takes a folder's place
-            place.rename(file.with_name(f"was-{place.name}"))
-        file.rename(place)
+            place.rename(made.with_name(f"was-{place.name}"))
+        made.rename(place)
 
 
 def _run(children: Children, command: list[str]) -> None:
