@@ -26,7 +26,7 @@ constexpr Kernels kKernels[] = {{linear_avx2, attention_avx2, norm_avx2, gate_av
                                 {linear_avx512, attention_avx512, norm_avx512, gate_avx512},
                                 {linear_amx, attention_amx, norm_amx, gate_amx}};
 const Kernels* g_kernels = kKernels;
-std::unique_ptr<Pool> g_pool;
+Pool* g_pool = nullptr;  // never deleted: its threads may still look at it while the process ends
 
 // Words of a part, of a segment, and of what a decoder layer has besides its seven parts.
 constexpr int64_t kPartWords = 11, kSegmentWords = 6, kLayerWords = 8;
@@ -45,7 +45,7 @@ bool configure(int64_t isa, int64_t threads) {
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return false;
   }
   g_kernels = kKernels + isa;
-  if (g_pool == nullptr || g_pool->threads() != threads) g_pool.release(), g_pool.reset(new Pool(static_cast<int>(threads)));
+  if (g_pool == nullptr || g_pool->threads() != threads) g_pool = new Pool(static_cast<int>(threads));
   return true;
 }
 
