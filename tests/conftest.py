@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Threads that wait for each other hardly move where other programs keep all cores busy; servers that tests start, too.
+os.environ.setdefault("LORAMUX_THREADS", "1")
+
 # Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
 torch.set_num_threads(1)
 

@@ -25,7 +25,11 @@ from loramux.values import Memory, StartAdapter, choice, integer, many, seconds,
 
 ENV_PREFIX = "LORAMUX_"
 # Read elsewhere: by this module, by the caches, by the native operations, by commands that are clients, by tests.
-OTHER_VARIABLES = tuple(ENV_PREFIX + name for name in ("CONFIG", "CACHE", "ISA", "TARGET", "ADMIN", "TEST_LEAK"))
+OTHER_VARIABLES = tuple(
+    ENV_PREFIX + name for name in ("CONFIG", "CACHE", "ISA", "THREADS", "TARGET", "ADMIN", "TEST_LEAK")
+)
+    ENV_PREFIX + name for name in ("CONFIG", "CACHE", "ISA", "THREADS", "TARGET", "ADMIN", "TEST_LEAK")
+)
 _SERVICE_VARIABLE = re.compile(
     r"LORAMUX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )

@@ -331,3 +331,17 @@ def test_an_instruction_set_that_is_not_there_is_an_error(
     for fine in ("auto", "none", "avx2", ""):
         monkeypatch.setenv("LORAMUX_ISA", fine)
         assert build.wanted_isa() == (fine or "auto")
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", "٣", "1025"])
+def test_a_number_of_threads_that_is_none_is_a_sentence(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.THREADS_VARIABLE, given)
+    with pytest.raises(StartupError, match="it is a number from 1 to 1024"):
+        build._threads()
+
+
+def test_threads_are_one_a_core_or_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(build.THREADS_VARIABLE)
+    assert build._threads() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv(build.THREADS_VARIABLE, "3")
+    assert build._threads() == 3

@@ -57,6 +57,8 @@ _NEEDS = {
 # Floating-point comparisons may become selects, or no loop with one vectorizes. Sums keep their order.
 _FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden", "-w")
 ISA_VARIABLE = "LORAMUX_ISA"
+THREADS_VARIABLE = "LORAMUX_THREADS"
+_MOST_THREADS = 1024
 
 _SCRATCH = ".compiling-"
 _ALONE = "loramux-native-"
@@ -339,4 +341,9 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _threads() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
+    """$LORAMUX_THREADS, else one for each core. Raises StartupError for what is no number of threads."""
+    cores = max(1, len(os.sched_getaffinity(0)))
+    given = os.environ.get(THREADS_VARIABLE) or str(cores)
+    if not (given.isascii() and given.isdecimal() and len(given) < 9 and 1 <= int(given) <= _MOST_THREADS):
+        raise StartupError(f"{THREADS_VARIABLE}={given}: it is a number from 1 to {_MOST_THREADS}; unset: {cores}")
+    return int(given)

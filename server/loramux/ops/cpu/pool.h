@@ -8,7 +8,6 @@
 #include <sched.h>
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -57,7 +56,6 @@ class Pool {
 
  private:
   static constexpr int kSpins = 100, kOffers = 1000;  // a microsecond or two, some hundreds of them
-  static constexpr std::chrono::microseconds kLongTurn{200};
 
   static void wait(std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < kSpins; ++i) {
@@ -66,11 +64,7 @@ class Pool {
     }
     for (int i = 0; i < kOffers; ++i) {
       if (value.load(std::memory_order_acquire) != old) return;
-      const auto before = std::chrono::steady_clock::now();
       sched_yield();
-      // Somebody else ran for long: who offers the core to them again waits for their whole turn each time, while who
-      // sleeps is let in before them when it is woken.
-      if (std::chrono::steady_clock::now() - before > kLongTurn) break;
     }
     value.wait(old, std::memory_order_acquire);
   }
