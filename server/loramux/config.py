@@ -28,8 +28,6 @@ ENV_PREFIX = "LORAMUX_"
 OTHER_VARIABLES = tuple(
     ENV_PREFIX + name for name in ("CONFIG", "CACHE", "ISA", "THREADS", "TARGET", "ADMIN", "TEST_LEAK")
 )
-    ENV_PREFIX + name for name in ("CONFIG", "CACHE", "ISA", "THREADS", "TARGET", "ADMIN", "TEST_LEAK")
-)
 _SERVICE_VARIABLE = re.compile(
     r"LORAMUX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
