@@ -33,7 +33,7 @@ from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
-from loramux.ops.cpu.build import wanted_isa
+from loramux.ops.cpu.build import wanted_isa, wanted_threads
 from loramux.ops.site import Site
 from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
@@ -57,11 +57,12 @@ class Application:
 def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedModel:
     """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError.
 
-    The device and LORAMUX_ISA are looked at first. `phases` is told what is done.
+    The device, LORAMUX_ISA and LORAMUX_THREADS are looked at first. `phases` is told what is done.
     """
     phases = phases or Phases(None)
     if pick_device(settings.device).type == "cpu":
         wanted_isa()
+        wanted_threads()
     weights = phases.counting("Loading weights")
 
     def progress(done: int, total: int) -> None:

@@ -337,11 +337,11 @@ def test_an_instruction_set_that_is_not_there_is_an_error(
 def test_a_number_of_threads_that_is_none_is_a_sentence(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.THREADS_VARIABLE, given)
     with pytest.raises(StartupError, match="it is a number from 1 to 1024"):
-        build._threads()
+        build.wanted_threads()
 
 
 def test_threads_are_one_a_core_or_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(build.THREADS_VARIABLE)
-    assert build._threads() == len(os.sched_getaffinity(0))
+    assert build.wanted_threads() == len(os.sched_getaffinity(0))
     monkeypatch.setenv(build.THREADS_VARIABLE, "3")
-    assert build._threads() == 3
+    assert build.wanted_threads() == 3

@@ -95,7 +95,7 @@ def load_native(isa: str = "auto", threads: int | None = None, progress: Progres
             _discard(path)
     choices = [wanted] if wanted != "auto" else list(reversed(supported))
     for choice in choices:
-        if torch.ops.loramux_cpu.configure(list(ISAS).index(choice), threads or _threads()):
+        if torch.ops.loramux_cpu.configure(list(ISAS).index(choice), threads or wanted_threads()):
             return choice
     reason = "the operating system does not hand out the AMX tile registers"
     if isa == "auto" and wanted != "auto":
@@ -340,7 +340,7 @@ def _fingerprint(compiler: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _threads() -> int:
+def wanted_threads() -> int:
     """$LORAMUX_THREADS, else one for each core. Raises StartupError for what is no number of threads."""
     cores = max(1, len(os.sched_getaffinity(0)))
     given = os.environ.get(THREADS_VARIABLE) or str(cores)

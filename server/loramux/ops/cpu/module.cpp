@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "decoder.h"
