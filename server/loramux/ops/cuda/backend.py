@@ -77,7 +77,7 @@ class TritonBackend(CapturableBackend):
 
     def prepare(self, parts: Sequence[LinearPart], sites: Sequence[int]) -> Linear:
         if TritonLinear.accepts(parts):
-            return TritonLinear(parts, sites, invariant=self.batch_invariant)
+            return TritonLinear.pack(parts, sites, invariant=self.batch_invariant)
         if self.batch_invariant:
             raise StartupError(
                 "--batch-invariant: this model has linear layers that the Triton kernels do not take (dense after a "

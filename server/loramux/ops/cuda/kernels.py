@@ -38,12 +38,14 @@ def _dot(a, b, acc, WIDE: tl.constexpr):
     return tl.dot(a, b, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h_rows", "capacity"])
 def lora_down(
     x,
     table,
     sites,
     h,
+    shares,
+    arrivals,
     items,
     x_stride,
     h_rows,
@@ -57,10 +59,12 @@ def lora_down(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """h float32 [SPLITS, h_rows, PARTS, max_rank]: sums over a share of K each; what is beyond a rank is not written.
+    """h [h_rows, PARTS, max_rank] in x's dtype; what is beyond a rank is not written.
 
-    Grid: (tiles of ranks x tiles of rows, segments x SPLITS, PARTS). The first program of a segment and part leaves its
-    rank and the address of its B in items int64 [PARTS, capacity, 2].
+    Grid: (tiles of ranks x tiles of rows, segments x SPLITS, PARTS). With SPLITS > 1 each program sums over a share of
+    K, into shares float32 [SPLITS, h_rows, PARTS, max_rank]; the one that arrives last adds them up in their order, and
+    sets its counter in arrivals int32 [PARTS, capacity, tiles] back to zero. The first program of a segment and part
+    leaves its rank and the address of its B in items int64 [PARTS, capacity, 2].
     """
     rank_tiles = tl.cdiv(max_rank, BLOCK_R)
     rank_tile = tl.program_id(0) % rank_tiles
@@ -96,9 +100,23 @@ def lora_down(
                 a = tl.load(a_at + i * BLOCK_K, mask=j[:, None] < rank, other=0.0)
                 b = tl.load(x_at + i * BLOCK_K, mask=t[None, :] < stop, other=0.0)
                 acc = _dot(a, b, acc, WIDE)
-            first = split * h_rows + tl.load(row + PRODUCTS) - start
+            first = tl.load(row + PRODUCTS) - start
             at = ((first + t[None, :]) * PARTS + part) * max_rank + j[:, None]
-            tl.store(h + at, acc * weight, mask=(j[:, None] < rank) & (t[None, :] < stop))
+            written = (j[:, None] < rank) & (t[None, :] < stop)
+            if SPLITS == 1:
+                tl.store(h + at, (acc * weight).to(h.dtype.element_ty), mask=written)
+            else:
+                stride = h_rows * PARTS * max_rank
+                tl.store(shares + split * stride + at, acc, mask=written)
+                arrived = arrivals + (part * capacity + segment) * tl.num_programs(0) + tl.program_id(0)
+                # All threads have stored before one of them says so.
+                tl.debug_barrier()
+                if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
+                    acc = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
+                    for other in tl.range(SPLITS, num_stages=1, loop_unroll_factor=4):
+                        acc += tl.load(shares + other * stride + at, mask=written, other=0.0, cache_modifier=".cg")
+                    tl.store(arrived, 0)
+                    tl.store(h + at, (acc * weight).to(h.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -110,22 +128,17 @@ def _up(
     rows,
     h,
     h_at,
-    h_stride,
     inside,
-    DTYPE: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """acc [outputs, rows] plus B·h, for the rows `inside`; h [rows, ranks] is the sum of its SPLITS shares."""
-    for r in range(0, rank, BLOCK_R):
+    """acc [outputs, rows] plus B·h, for the rows `inside`."""
+    # One stage: a walk of one or two steps gains nothing from buffers for five, and they would not fit beside W's.
+    for r in tl.range(0, rank, BLOCK_R, num_stages=1):
         j = r + tl.arange(0, BLOCK_R)
         b = tl.load(factor + n[:, None] * rank + j[None, :], mask=(n[:, None] < rows) & (j[None, :] < rank), other=0.0)
-        wanted = (j[:, None] < rank) & inside[None, :]
-        total = tl.load(h + h_at[None, :] + j[:, None], mask=wanted, other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            total += tl.load(h + split * h_stride + h_at[None, :] + j[:, None], mask=wanted, other=0.0)
-        acc = _dot(b, total.to(DTYPE), acc, WIDE)
+        a = tl.load(h + h_at[None, :] + j[:, None], mask=(j[:, None] < rank) & inside[None, :], other=0.0)
+        acc = _dot(b, a, acc, WIDE)
     return acc
 
 
@@ -135,7 +148,6 @@ def _branches(
     table,
     items,
     h,
-    h_rows,
     max_rank,
     capacity,
     n,
@@ -146,7 +158,6 @@ def _branches(
     step,
     DTYPE: tl.constexpr,
     PARTS: tl.constexpr,
-    DOWN_SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     WIDE: tl.constexpr,
@@ -163,14 +174,13 @@ def _branches(
             factor = tl.load(item + 1).to(tl.pointer_type(DTYPE))
             factor = tl.multiple_of(factor, 16)
             h_at = ((tl.load(row + PRODUCTS) + t - start) * PARTS + part) * max_rank
-            h_stride = h_rows * PARTS * max_rank
             inside = (t >= start) & (t < stop)
             # With whole eights in a row, B is read sixteen bytes at a time.
             if rank % 8 == 0:
                 rank = tl.multiple_of(rank, 8)
-                acc = _up(acc, factor, rank, n, rows, h, h_at, h_stride, inside, DTYPE, DOWN_SPLITS, BLOCK_R, WIDE)
+                acc = _up(acc, factor, rank, n, rows, h, h_at, inside, BLOCK_R, WIDE)
             else:
-                acc = _up(acc, factor, rank, n, rows, h, h_at, h_stride, inside, DTYPE, DOWN_SPLITS, BLOCK_R, WIDE)
+                acc = _up(acc, factor, rank, n, rows, h, h_at, inside, BLOCK_R, WIDE)
     return acc
 
 
@@ -226,7 +236,7 @@ def _finish(
     tl.store(y + at, acc.to(DTYPE), mask=(n[:, None] < rows) & (t[None, :] < T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "capacity"])
 def nf4_linear(
     x,
     y,
@@ -245,7 +255,6 @@ def nf4_linear(
     h,
     T,
     x_stride,
-    h_rows,
     max_rank,
     capacity,
     K: tl.constexpr,
@@ -258,7 +267,6 @@ def nf4_linear(
     EXTRAS: tl.constexpr,
     SHARED: tl.constexpr,
     SPLITS: tl.constexpr,
-    DOWN_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -311,17 +319,19 @@ def nf4_linear(
     chunk: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
     begin = split * chunk
     end = tl.minimum(begin + chunk, blocks)
+    # Shares are rounded up, so that the last may have no block; what is read ahead of it then is never used.
+    ahead = tl.minimum(begin, blocks - 1)
     # Indices of absmax are read two blocks ahead and looked up one block ahead: a chain of two latencies.
-    quantized = tl.load(absmax_at + begin * TILE)
+    quantized = tl.load(absmax_at + ahead * TILE)
     if DOUBLE:
         tables += part * NESTED
         offset = tl.load(offsets + part)
         in_group = tl.minimum(n, rows - 1) * blocks
         scale = tl.load(tables + quantized.to(tl.int32))
-        scale = scale * tl.load(group_scales + group + ((in_group + begin) >> NESTED_BITS)) + offset
+        scale = scale * tl.load(group_scales + group + ((in_group + ahead) >> NESTED_BITS)) + offset
     else:
         scale = quantized
-    quantized = tl.load(absmax_at + tl.minimum(begin + 1, blocks - 1) * TILE)
+    quantized = tl.load(absmax_at + tl.minimum(ahead + 1, blocks - 1) * TILE)
     acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
     for block in range(begin, end):
         packed = tl.load(code_at + block * TILE_BYTES)
@@ -342,13 +352,13 @@ def nf4_linear(
     if LORA:
         if SHARED:
             acc = _branches(
-                acc, table, items, h, h_rows, max_rank, capacity, n, rows, t, part, split, SPLITS,
-                DTYPE, PARTS, DOWN_SPLITS, BLOCK_R, BLOCK_T, WIDE,
+                acc, table, items, h, max_rank, capacity, n, rows, t, part, split, SPLITS,
+                DTYPE, PARTS, BLOCK_R, BLOCK_T, WIDE,
             )  # fmt: skip
         elif split == 0:
             acc = _branches(
-                acc, table, items, h, h_rows, max_rank, capacity, n, rows, t, part, 0, 1,
-                DTYPE, PARTS, DOWN_SPLITS, BLOCK_R, BLOCK_T, WIDE,
+                acc, table, items, h, max_rank, capacity, n, rows, t, part, 0, 1,
+                DTYPE, PARTS, BLOCK_R, BLOCK_T, WIDE,
             )  # fmt: skip
 
     if SPLITS == 1:

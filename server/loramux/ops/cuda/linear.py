@@ -13,7 +13,7 @@ from torch import Tensor
 from loramux.ops.backend import BoundSegments, LinearPart, PlainLinear
 from loramux.ops.cuda.kernels import lora_down, nf4_linear
 from loramux.ops.cuda.lookup import is_standard, lookup_assembly
-from loramux.ops.cuda.segments import TritonSegments
+from loramux.ops.cuda.segments import DOWN_RANKS, DOWN_ROWS, MAX_PARTS, TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
 from loramux.ops.fused import FusedLinear
 from loramux.ops.grouped import GroupedBackend
@@ -29,9 +29,10 @@ _LEAST_BLOCKS = 8
 _MAX_SPLITS = 16
 # From so many rows on (long prefill chunks) a weight is dequantized once, for a dense product of the library's: each of
 # the kernel's tiles of 128 rows would expand it again. An estimate; nothing was measured.
-_DENSE_ROWS = 512
-# Inputs that one program of lora_down sums over.
-_DOWN_INPUTS = 2048
+DENSE_ROWS = 512
+# Inputs that one program of lora_down sums over: a few loads, all of them in flight at once.
+_DOWN_INPUTS = 512
+_MAX_DOWN_SPLITS = 32
 
 _interpreted = not isinstance(nf4_linear, triton.JITFunction)
 
@@ -65,11 +66,33 @@ def tiling(rows: int, *, invariant: bool) -> Tiling:
     return Tiling(128, 128, 8, 3)  # with four loads in flight it would need more than an SM of 8.6 has, 99 KiB
 
 
+@dataclass(frozen=True, slots=True)
+class DownTiling:
+    """Ranks, rows and inputs of a tile of lora_down's, and the loads it keeps in flight; four warps."""
+
+    ranks: int
+    rows: int
+    inputs: int
+    stages: int
+
+
+def down_tiling(rows: int, max_rank: int, k: int, *, invariant: bool) -> DownTiling:
+    """The tiles of h for a batch of so many rows and ranks up to `max_rank`; with `invariant` the same for every batch.
+
+    A tile of 64 ranks may be multiplied by another instruction than one of 16, which may add in another order: a row's
+    bits must not follow the largest rank of its company.
+    """
+    ranks = DOWN_RANKS if invariant else min(DOWN_RANKS, triton.next_power_of_2(max_rank))
+    tile = min(tiling(rows, invariant=invariant).rows, DOWN_ROWS)
+    # Three of a large tile's loads are as much as an SM of 8.6 has.
+    return DownTiling(ranks, tile, 128 if k % 128 == 0 else 64, 3 if ranks + tile > 96 else 4)
+
+
 class TritonLinear(FusedLinear):
     """NF4 parts in tile order (tiles.py) and float32 biases, on the device; runs in bfloat16 or float16.
 
     Each row is W·x in float32, its branches and biases added in float32, rounded once; h = weight·(A·x) is rounded to
-    x's dtype on the way. From _DENSE_ROWS rows on, GroupedBackend's way, with the same weight. With `invariant` a row's
+    x's dtype on the way. From DENSE_ROWS rows on, GroupedBackend's way, with the same weight. With `invariant` a row's
     bits do not depend on the other rows: one tile shape, and one order of summation, whatever the batch.
 
     It takes parts for which `accepts` is true. What it does not take is left to GroupedBackend (through PlainLinear): a
@@ -77,20 +100,24 @@ class TritonLinear(FusedLinear):
     that is not NF4's, and float32.
     """
 
-    def __init__(self, parts: Sequence[LinearPart], sites: Sequence[int], *, invariant: bool = False) -> None:
-        weights = _nf4(parts)
-        assert weights is not None
-        self._tiled = TiledNF4.pack(weights)
+    def __init__(
+        self, tiled: TiledNF4, biases: Sequence[Tensor | None], sites: Sequence[int], *, invariant: bool = False
+    ) -> None:
+        """`biases` and `sites` (indices into an adapter's offsets and ranks): one for each part of `tiled`."""
+        self._tiled = tiled
         self._invariant = invariant
-        device = self._tiled.codes.device
+        device = tiled.codes.device
         self._sites = torch.tensor(list(sites), dtype=torch.int64, device=device)
         self._site_indices = tuple(sites)
-        self._biases = tuple(part.bias for part in parts)
+        self._biases = tuple(biases)
         self._bias: Tensor | None = None
-        if any(part.bias is not None for part in parts):
-            zeros = self._tiled.values.new_zeros
+        if any(bias is not None for bias in biases):
+            zeros = tiled.values.new_zeros
             self._bias = torch.cat(
-                [zeros(p.weight.shape[0]) if p.bias is None else p.bias.to(device, torch.float32) for p in parts]
+                [
+                    zeros(rows) if bias is None else bias.to(device, torch.float32)
+                    for rows, bias in zip(tiled.rows, biases, strict=True)
+                ]
             )
         # The program that arrives last sets its counter back to zero. For one tile of rows: decode steps, their graphs.
         self._arrivals = torch.zeros(
@@ -99,15 +126,27 @@ class TritonLinear(FusedLinear):
         ends = list(itertools.accumulate(self._tiled.rows))
         self._bounds = list(zip([0, *ends], ends, strict=False))
         self.width = ends[-1]
-        self.parts = len(parts)
+        self.parts = len(tiled.rows)
         self.nbytes, self.numel = self._tiled.nbytes, self._tiled.numel
         self.dense_nbytes = self.dense_numel = 0
+
+    @classmethod
+    def pack(cls, parts: Sequence[LinearPart], sites: Sequence[int], *, invariant: bool = False) -> TritonLinear:
+        """The operation of parts that `accepts` takes, on their device."""
+        weights = _nf4(parts)
+        assert weights is not None
+        return cls(TiledNF4.pack(weights), [part.bias for part in parts], sites, invariant=invariant)
 
     @staticmethod
     def accepts(parts: Sequence[LinearPart]) -> bool:
         """Whether the kernels can run these parts as one operation."""
         weights = _nf4(parts)
-        return weights is not None and TiledNF4.accepts(weights) and is_standard(weights[0].table)
+        return (
+            weights is not None
+            and len(parts) <= MAX_PARTS
+            and TiledNF4.accepts(weights)
+            and is_standard(weights[0].table)
+        )
 
     def dequantize(self, part: int) -> Tensor:
         return self._tiled.unpack(part).dequantize(torch.float32)
@@ -122,7 +161,7 @@ class TritonLinear(FusedLinear):
         assert x.dtype in DTYPES
         assert x.shape[1] == self._tiled.k
         assert strided(x, 1, 1)
-        if x.shape[0] >= _DENSE_ROWS and not self._invariant:
+        if x.shape[0] >= DENSE_ROWS and not self._invariant:
             parts = [LinearPart(self._tiled.unpack(p), bias) for p, bias in enumerate(self._biases)]
             return torch.cat(PlainLinear(GroupedBackend(), parts, self._site_indices)(x, segments), dim=1)
         y = x.new_empty(x.shape[0], self.width)
@@ -135,11 +174,10 @@ class TritonLinear(FusedLinear):
         shape = tiling(rows, invariant=self._invariant)
         row_tiles, places = -(-rows // shape.rows), self._places(shape.outputs)
         splits = self._splits(places * (1 if self._invariant else row_tiles))
-        down_splits = min(-(-tiled.k // _DOWN_INPUTS), _MAX_SPLITS)
         lora = segments.capacity > 0 and segments.max_rank > 0
         items, h = self._sites, tiled.offsets
         if lora:
-            items, h = self._down(x, segments, shape, down_splits)
+            items, h = self._down(x, segments)
         partial, arrivals = tiled.offsets, self._arrivals
         if splits > 1:
             partial = torch.empty(
@@ -165,7 +203,6 @@ class TritonLinear(FusedLinear):
             h,
             rows,
             x.stride(0),
-            segments.rows,
             segments.max_rank,
             segments.capacity,
             K=tiled.k,
@@ -178,41 +215,46 @@ class TritonLinear(FusedLinear):
             EXTRAS=lora and segments.extras,
             SHARED=not self._invariant,
             SPLITS=splits,
-            DOWN_SPLITS=down_splits,
             BLOCK_N=shape.outputs,
             BLOCK_T=shape.rows,
-            BLOCK_R=16 if segments.max_rank <= 16 else 32,
+            BLOCK_R=16 if segments.max_rank <= 16 and not self._invariant else 32,
             ASSEMBLY=_assembly(x.dtype),
             WIDE=_interpreted,
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
 
-    def _down(self, x: Tensor, segments: TritonSegments, shape: Tiling, splits: int) -> tuple[Tensor, Tensor]:
-        """h, and the items that say where B is; see `lora_down`."""
-        h = torch.empty(splits, segments.rows, self.parts, segments.max_rank, dtype=torch.float32, device=x.device)
+    def _down(self, x: Tensor, segments: TritonSegments) -> tuple[Tensor, Tensor]:
+        """The items that say where B is, and h; see `lora_down`."""
+        k, rows, ranks = self._tiled.k, segments.rows, segments.max_rank
+        splits = min(-(-k // _DOWN_INPUTS), _MAX_DOWN_SPLITS)
+        shape = down_tiling(x.shape[0], ranks, k, invariant=self._invariant)
+        h = x.new_empty(rows, self.parts, ranks)
+        shares = x.new_empty(splits, *h.shape, dtype=torch.float32) if splits > 1 else h
         items = torch.empty(self.parts, segments.capacity, 2, dtype=torch.int64, device=x.device)
-        block_r, block_t = min(64, triton.next_power_of_2(segments.max_rank)), min(shape.rows, 64)
-        tiles = -(-segments.max_rank // block_r) * -(-x.shape[0] // block_t)
+        # No segment has more rows than all of them.
+        tiles = -(-ranks // shape.ranks) * -(-min(x.shape[0], rows) // shape.rows)
         lora_down[(tiles, segments.capacity * splits, self.parts)](
             x,
             segments.table,
             self._sites,
             h,
+            shares,
+            segments.arrivals,
             items,
             x.stride(0),
-            segments.rows,
-            segments.max_rank,
+            rows,
+            ranks,
             segments.capacity,
-            K=self._tiled.k,
+            K=k,
             PARTS=self.parts,
             SPLITS=splits,
-            BLOCK_R=block_r,
-            BLOCK_T=block_t,
-            BLOCK_K=128 if self._tiled.k % 128 == 0 else 64,
+            BLOCK_R=shape.ranks,
+            BLOCK_T=shape.rows,
+            BLOCK_K=shape.inputs,
             WIDE=_interpreted,
             num_warps=4,
-            num_stages=4,
+            num_stages=shape.stages,
         )
         return items, h
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from loramux.ops.segment import AdapterWeights, Segment
 COLUMNS = 8
 # Ranks are read in such steps, so that what lies between the steps of two adapters is never read.
 RANK_MULTIPLE = 16
+# What a table's counters are for: the most parts of an operation, and the largest tile of ranks and rows of h = A·x.
+MAX_PARTS = 4
+DOWN_RANKS = 64
+DOWN_ROWS = 64
 
 # An adapter's offsets and ranks on the device, as long as the adapter lives; keyed by its offsets on the CPU.
 _placed: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
@@ -28,12 +32,14 @@ class TritonSegments(BoundSegments):
     table     int64 [capacity + 1, 8] on the device. Row 0 begins with the number of segments; each of the rows after
               it holds start, stop, the weight's float32 bits, the addresses of buffer, offsets and ranks, and the first
               of the segment's rows in the intermediate products. Rows beyond the number are zero.
+    arrivals  int32, zero between launches: how many of the programs that share a tile of h have arrived
     rows      at least the sum of the segments' lengths
     max_rank  at least the largest rank of any site, a multiple of 16
     extras    whether a segment may have lora_bias or a scale
     """
 
     table: Tensor
+    arrivals: Tensor
     rows: int
     max_rank: int
     extras: bool
@@ -47,7 +53,11 @@ class TritonSegments(BoundSegments):
     def reserve(cls, capacity: int, rows: int, max_rank: int, device: torch.device, *, extras: bool) -> TritonSegments:
         """An empty table, to be written again and again by `bind(..., into=...)`: for CUDA graphs."""
         table = torch.zeros(capacity + 1, COLUMNS, dtype=torch.int64, device=device)
-        return cls((), table, rows, _round_up(max_rank), extras)
+        max_rank = _round_up(max_rank)
+        # Tiles of fewer ranks are only made where all fit into one, and of fewer rows likewise.
+        tiles = -(-max_rank // DOWN_RANKS) * -(-rows // DOWN_ROWS)
+        arrivals = torch.zeros(MAX_PARTS * capacity * tiles, dtype=torch.int32, device=device)
+        return cls((), table, arrivals, rows, max_rank, extras)
 
 
 def bind(segments: tuple[Segment, ...], device: torch.device, into: TritonSegments | None = None) -> TritonSegments:
@@ -84,7 +94,7 @@ def bind(segments: tuple[Segment, ...], device: torch.device, into: TritonSegmen
         if rows:
             host[1 : len(rows) + 1] = torch.tensor(rows, dtype=torch.int64)
         bound.table.copy_(host, non_blocking=True)
-    return TritonSegments(segments, bound.table, bound.rows, bound.max_rank, bound.extras)
+    return replace(bound, segments=segments)
 
 
 def _on_device(weights: AdapterWeights, device: torch.device) -> tuple[Tensor, Tensor]:
