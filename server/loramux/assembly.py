@@ -33,6 +33,7 @@ from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
+from loramux.model.warm_up import warm_up
 from loramux.ops.cpu.build import wanted_isa, wanted_threads
 from loramux.ops.site import Site
 from loramux.progress import Phases
@@ -104,9 +105,20 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
         model.allocate_kv(blocks, block_size)
     except torch.OutOfMemoryError as error:
         raise StartupError(f"--kv-memory: {blocks} blocks of {block_size} tokens do not fit: {error}") from error
+    try:
+        warm_up(
+            model,
+            settings.max_batch_rows,
+            settings.max_batch_tokens,
+            compiling=phases.counting("Compiling GPU kernels"),
+            progress=phases.counting("Running each kind of step once"),
+        )
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"--max-batch-tokens: a step of so many tokens does not fit: {error}") from error
     if model.can_capture:
-        phases.begin("Capturing decode steps")
-        model.capture_decode_steps(settings.max_batch_rows)
+        model.capture_decode_steps(
+            settings.max_batch_rows, max_mix=settings.max_mix, progress=phases.counting("Capturing decode steps")
+        )
     return loaded
 
 
