@@ -28,8 +28,9 @@ def select_backend(
     """The fastest backend that works here; imported only when it is chosen.
 
     On a CPU in bfloat16 the native kernels, on a GPU in bfloat16 or float16 the Triton kernels; where they cannot be
-    had, torch and bitsandbytes, with one warning. What a GPU gets is logged in one sentence. compiling(done, total) is called after each file if the native
-    kernels have to be compiled first. batch_invariant is a wish: the backend says whether it fulfils it.
+    had, torch and bitsandbytes, with one warning. What a GPU gets is logged in one sentence. compiling(done, total) is
+    called after each file if the native kernels have to be compiled first. batch_invariant is a wish: the backend says
+    whether it fulfils it.
     """
     if device.type == "cpu" and dtype == torch.bfloat16:
         from loramux.ops.cpu.backend import NativeBackend
