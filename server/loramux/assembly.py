@@ -35,6 +35,7 @@ from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
 from loramux.model.warm_up import warm_up
 from loramux.ops.cpu.build import wanted_isa, wanted_threads
+from loramux.ops.device import device_errors
 from loramux.ops.site import Site
 from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
@@ -55,8 +56,10 @@ class Application:
     server: Server
 
 
+@device_errors()
 def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedModel:
-    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError.
+    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError,
+    and DeviceLost.
 
     The device, LORAMUX_ISA and LORAMUX_THREADS are looked at first. `phases` is told what is done.
     """

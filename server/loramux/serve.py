@@ -24,7 +24,7 @@ from rich.console import Console
 from loramux import logs
 from loramux.checks import check, reserved_ports
 from loramux.config import Settings
-from loramux.errors import StartupError
+from loramux.errors import DeviceLost, StartupError
 from loramux.progress import Phases
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except _Stopped:
         _tell(console, "Stopped while loading.")
+    except DeviceLost as error:
+        log.critical("the device has failed while the model was prepared", exc_info=error)
+        _abandon_device()
 
 
 def _leave(console: Console, number: int, frame: object) -> NoReturn:
@@ -147,10 +150,7 @@ async def _serve(application: Application, stop: asyncio.Event, console: Console
 
 
 async def _end_with_device(application: Application, console: Console) -> None:
-    """Waits for the loss of the device, and ends the process once its requests have been told.
-
-    Nothing is undone: what a process holds on a lost device cannot be given back, and trying to may never end.
-    """
+    """Waits for the loss of the device, and ends the process once its requests have been told."""
     await application.engine.device_lost.wait()
     overdue = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (DEVICE_LOST_STATUS,))
     overdue.daemon = True
@@ -159,8 +159,14 @@ async def _end_with_device(application: Application, console: Console) -> None:
     try:
         await application.server.drain()
     finally:
-        logging.shutdown()
-        os._exit(DEVICE_LOST_STATUS)
+        _abandon_device()
+
+
+def _abandon_device() -> NoReturn:
+    """End the process with nothing undone: what it holds on a lost device cannot be given back, and trying to may
+    never end."""
+    logging.shutdown()
+    os._exit(DEVICE_LOST_STATUS)
 
 
 def _tell(console: Console, text: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from loramux.errors import DeviceLost
 from loramux.model import graphs
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.graphs import NOTHING, DecodeGraphs, Room, Rung, ladder, pool_bytes
@@ -16,7 +17,6 @@ from loramux.model.loading import load_model
 from loramux.model.step import Step
 from loramux.ops.backend import BoundSegments
 from loramux.ops.cuda.backend import TritonBackend
-from loramux.ops.device import DeviceLost
 from loramux.ops.segment import AdapterWeights, LoraWeights, Segment
 from loramux.ops.site import Site
 from torch import Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loramux.ops.device import DeviceLost, device_errors, is_lost, out_of_memory
+from loramux.errors import DeviceLost
+from loramux.ops.device import device_errors, is_lost, out_of_memory
 
 LOST = [
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …"),

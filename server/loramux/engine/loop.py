@@ -29,8 +29,7 @@ from loramux.engine.request import Event, Request, RequestFailed, SequenceFinish
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats
 from loramux.engine.stream import Stream
-from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded, SlowReader
-from loramux.ops.device import DeviceLost
+from loramux.errors import Cancelled, DeviceLost, Draining, EngineFault, LoramuxError, Overloaded, SlowReader
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,8 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXTS = (1024, 8192, 65536, 262144)
 RANKS = (16, 64)  # of adapters without extras, one a row
 MOST_RANK = 256  # of any
-# What the tensors between all graphs' launches, and those that stay, may take of the device.
+# What the tensors between all graphs' launches may take of the device. The driver's own description of a launch,
+# some hundreds of bytes, comes on top.
 MEMORY = 512 << 20
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from loramux.errors import DeviceLost
+
 # How torch (of any version) and Triton begin what they report of CUDA.
 _PREFIXES = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 # CUDA's own sentences; torch reports some of them as AcceleratorError.
@@ -42,11 +44,6 @@ _LOST = (
     "device is busy or unavailable",
     "unknown error",
 )
-
-
-class DeviceLost(BaseException):
-    """The device is of no use to this process any more. Concerns no request, so that no `except Exception` on the
-    way, which would let one request fail and go on, may end it."""
 
 
 def out_of_memory(error: BaseException) -> bool:
