@@ -152,6 +152,14 @@ def test_what_nobody_foresaw_is_one_sentence_too() -> None:
     assert "shows where" not in said
 
 
+def test_a_device_that_fails_at_start_has_its_own_status() -> None:
+    child = start("from loramux.errors import DeviceLost; raise DeviceLost('seeded')")
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == serve.DEVICE_LOST_STATUS == 70
+    assert "the device has failed while the model was prepared" in said
+    assert "seeded" in said
+
+
 def test_libraries_show_no_bars_of_their_own() -> None:
     status, said = ended(start("import tqdm.auto; list(tqdm.auto.tqdm(range(3), desc='theirs')); sys.exit(3)"))
     assert status == 3

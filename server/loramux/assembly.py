@@ -33,7 +33,9 @@ from loramux.model.kv_capacity import kv_blocks, step_bytes
 from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
+from loramux.model.warm_up import warm_up
 from loramux.ops.cpu.build import wanted_isa, wanted_threads
+from loramux.ops.device import device_errors
 from loramux.ops.site import Site
 from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
@@ -54,8 +56,10 @@ class Application:
     server: Server
 
 
+@device_errors()
 def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedModel:
-    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError.
+    """Load the base model and give it its KV cache. Takes seconds to minutes; raises StartupError,
+    and DeviceLost.
 
     The device, LORAMUX_ISA and LORAMUX_THREADS are looked at first. `phases` is told what is done.
     """
@@ -104,9 +108,20 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
         model.allocate_kv(blocks, block_size)
     except torch.OutOfMemoryError as error:
         raise StartupError(f"--kv-memory: {blocks} blocks of {block_size} tokens do not fit: {error}") from error
+    try:
+        warm_up(
+            model,
+            settings.max_batch_rows,
+            settings.max_batch_tokens,
+            compiling=phases.counting("Compiling GPU kernels"),
+            progress=phases.counting("Running each kind of step once"),
+        )
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"--max-batch-tokens: a step of so many tokens does not fit: {error}") from error
     if model.can_capture:
-        phases.begin("Capturing decode steps")
-        model.capture_decode_steps(settings.max_batch_rows)
+        model.capture_decode_steps(
+            settings.max_batch_rows, max_mix=settings.max_mix, progress=phases.counting("Capturing decode steps")
+        )
     return loaded
 
 

@@ -22,6 +22,9 @@
     └── StartupError          (never on the wire)  the server cannot start: model, device, files, ports
         └── UnsupportedModel                       a base model that cannot be driven flat, refused by name
 
+    DeviceLost              no LoramuxError, and no Exception: the device has failed for good, and only a new process
+                            can use it. Requests get an EngineFault of reason DEVICE_LOST
+
 The status names are those of gRPC; `rpc.status` turns them into codes and details. Nothing here imports gRPC.
 """
 
@@ -232,6 +235,11 @@ class EngineFault(LoramuxError):
 
     status = "INTERNAL"
     reason = "ENGINE_FAULT"
+
+
+class DeviceLost(BaseException):
+    """The device is of no use to this process any more. No Exception: what lets one request fail and goes on with the
+    others must not take it for a fault of that request."""
 
 
 class StartupError(LoramuxError):

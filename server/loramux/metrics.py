@@ -54,6 +54,7 @@ class Snapshot:
     preemptions: int = 0
     faults: int = 0
     steps: int = 0
+    late_compilations: int = 0
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     adapter_states: Mapping[str, int] = field(default_factory=dict)
     adapter_residencies: Mapping[str, int] = field(default_factory=dict)
@@ -310,6 +311,12 @@ class _Scrape(Collector):
             "loramux_engine_faults", "Faults that ended a request, or all requests of a step.", now.faults
         )
         yield CounterMetricFamily("loramux_steps", "Forward passes.", now.steps)
+        yield CounterMetricFamily(
+            "loramux_late_compilations",
+            "GPU kernels compiled or loaded, and CUDA graphs recorded, after the server was ready: each halts all "
+            "streams. Should stay 0.",
+            now.late_compilations,
+        )
         parts = CounterMetricFamily("loramux_step_seconds", "Time in steps, by part.", labels=("part",))
         for part, seconds in now.step_seconds.items():
             parts.add_metric((part,), seconds)

@@ -24,7 +24,7 @@ from rich.console import Console
 from loramux import logs
 from loramux.checks import check, reserved_ports
 from loramux.config import Settings
-from loramux.errors import StartupError
+from loramux.errors import DeviceLost, StartupError
 from loramux.progress import Phases
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# As sysexits.h has it for an internal failure; a supervisor that starts the process again is all that helps.
+DEVICE_LOST_STATUS = 70
+_LAST_WORDS_SECONDS = 5.0  # for the requests of a lost device to be told
 _GRACE_SECONDS = 10.0  # for what was begun to be undone; children get half of it
 
 
@@ -44,7 +47,7 @@ class _Stopped(BaseException):
 
 def run(settings: Settings, console: Console, ports_file: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain; while it still loads, leave at once. A second signal ends the process
-    with status 1 whatever it does.
+    with status 1 whatever it does, and a device that has failed for good ends it with DEVICE_LOST_STATUS.
 
     Call it in the main thread. Raises StartupError if anything is not as it must be; nothing listens then.
     """
@@ -67,6 +70,9 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except _Stopped:
         _tell(console, "Stopped while loading.")
+    except DeviceLost as error:
+        log.critical("the device has failed while the model was prepared", exc_info=error)
+        _abandon_device()
 
 
 def _leave(console: Console, number: int, frame: object) -> NoReturn:
@@ -100,6 +106,7 @@ async def _run(
     gc.collect()
     gc.freeze()
     await application.engine.start()
+    watching = asyncio.create_task(_end_with_device(application, console))
     try:
         addresses = await _start(application, stop, console)
         reloads: set[asyncio.Task[None]] = set()
@@ -113,6 +120,7 @@ async def _run(
         console.print(f"Serving after {seconds:.1f} s. Stop with Ctrl-C.")
         await _serve(application, stop, console)
     finally:
+        watching.cancel()
         await application.engine.stop()
 
 
@@ -139,6 +147,26 @@ async def _serve(application: Application, stop: asyncio.Event, console: Console
     _tell(console, f"Draining: running requests have {timeout:g} s.")
     cancelled = await application.server.drain()
     _tell(console, f"Stopped; {cancelled} requests were cancelled.")
+
+
+async def _end_with_device(application: Application, console: Console) -> None:
+    """Waits for the loss of the device, and ends the process once its requests have been told."""
+    await application.engine.device_lost.wait()
+    overdue = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (DEVICE_LOST_STATUS,))
+    overdue.daemon = True
+    overdue.start()
+    _tell(console, "The device has failed; only a new process can use it again.")
+    try:
+        await application.server.drain()
+    finally:
+        _abandon_device()
+
+
+def _abandon_device() -> NoReturn:
+    """End the process with nothing undone: what it holds on a lost device cannot be given back, and trying to may
+    never end."""
+    logging.shutdown()
+    os._exit(DEVICE_LOST_STATUS)
 
 
 def _tell(console: Console, text: str) -> None:

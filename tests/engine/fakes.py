@@ -84,6 +84,7 @@ class FakeModel:
     fail_steps: int = 0
     fault: Exception = field(default_factory=lambda: RuntimeError("seeded fault: a secret of the internals"))
     asynchronous: bool = False
+    compilations: int = 0
     poison: int | None = None  # a sequence whose last token is this one gets NaN logits
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from loramux.engine import engine as engine_module
 from loramux.engine import sampler
 from loramux.engine.batch import Batch
 from loramux.engine.engine import Engine
@@ -468,3 +470,31 @@ async def test_events_go_while_the_model_computes(asynchronous: bool, monkeypatc
     step = ["forward", "flush", "sample"] if asynchronous else ["flush", "forward", "sample"]
     first = order.index("forward") - step.index("forward")
     assert order[first : first + 24] == step * 8
+
+
+@pytest.mark.parametrize("where", ["forward", "sample"])
+async def test_a_lost_device_ends_every_request_and_is_told(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later step failed as well, and the process stayed."""
+    async with serve(gated=True) as server:
+        requests = [request([i], request_id=str(i)) for i in range(6)]
+        failures = [asyncio.create_task(server.failure(r)) for r in requests]
+        server.model.permits.release()
+        await server.until(lambda: server.engine.stats().running == 4)
+        assert not server.engine.device_lost.is_set()
+        # Computed on another stream, a fault shows only where its result is waited for.
+        lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        def fail(*args: Any) -> None:
+            raise lost
+
+        monkeypatch.setattr(
+            *((server.model, "forward", fail) if where == "forward" else (engine_module, "sample", fail))
+        )
+        server.model.open()
+        errors = await asyncio.gather(*failures)
+        assert [(type(error), error.reason) for error in errors] == [(EngineFault, "DEVICE_LOST")] * 6
+        assert "illegal" not in errors[0].message, "clients are told nothing of the internals"
+        await asyncio.wait_for(server.engine.device_lost.wait(), PATIENCE)
+        assert not server.engine.healthy
+        assert isinstance(await server.failure(last := request([9])), EngineFault)
+        assert sorted(map(id, server.finished)) == sorted(map(id, [*requests, last])), "leases: once each"

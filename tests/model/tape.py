@@ -45,21 +45,24 @@ class _Recording(TorchDispatchMode):
 class TapeRecorder:
     """`model.graphs.Recorder`. A capture runs nothing; this one does, and puts back what `written()` gives after it.
 
-    `cost` is what a recording takes of the free memory; `fault` is raised in place of the next one.
+    `cost` is what a recording takes of memory, `held` what they hold together; each of `faults` is raised in place of
+    a recording, None lets one through. `last` is what was replayed last.
     """
 
     def __init__(self, written: Callable[[], Sequence[Tensor]] = lambda: (), cost: int = 1) -> None:
         self.written = written
         self.cost = cost
-        self.fault: RuntimeError | None = None
-        self.recorded = self.replayed = self.launches = 0
+        self.faults: list[RuntimeError | None] = []
+        self.recorded = self.replayed = self.launches = self.held = 0
+        self.last: Callable[[], None] | None = None
 
-    def free_bytes(self) -> int:
-        return 1000 - self.cost * self.recorded
+    def held_bytes(self) -> int:
+        return self.held
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
-        if self.fault is not None:
-            raise self.fault
+        fault = self.faults.pop(0) if self.faults else None
+        if fault is not None:
+            raise fault
         kept = [(tensor, tensor.clone()) for tensor in self.written()]
         recording = _Recording()
         run = interpreter.GridExecutor.__call__
@@ -80,9 +83,11 @@ class TapeRecorder:
         for tensor, content in kept:
             tensor.copy_(content)
         self.recorded += 1
+        self.held += self.cost
 
         def replay() -> None:
             self.replayed += 1
+            self.last = replay
             with torch.inference_mode():
                 for call in recording.calls:
                     call()

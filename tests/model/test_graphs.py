@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from loramux.errors import DeviceLost
+from loramux.model import graphs
 from loramux.model.causal_lm import CausalLM, flat_inputs
-from loramux.model.graphs import DecodeGraphs, Room, Rung
+from loramux.model.graphs import NOTHING, DecodeGraphs, Room, Rung, ladder, pool_bytes
 from loramux.model.loading import load_model
 from loramux.model.step import Step
 from loramux.ops.backend import BoundSegments
@@ -77,20 +79,44 @@ class FakeShortcut:
 
 
 class Scene:
-    def __init__(self, max_rows: int = 8, **knobs: int) -> None:
+    """A ladder, recorded; `knobs` are those of DecodeGraphs."""
+
+    def __init__(
+        self,
+        max_rows: int = 8,
+        *,
+        max_context: int = 32,
+        max_mix: int = 2,
+        faults: Sequence[RuntimeError | None] = (),
+        cost: int = 1,
+        **knobs: int,
+    ) -> None:
         self.step = Step(FakeBackend(), lambda *_: pytest.fail("no cache is made here"))
         self.shortcut = FakeShortcut(self.step)
-        self.recorder = TapeRecorder()
+        self.recorder = TapeRecorder(cost=cost)
+        self.recorder.faults[:] = faults
+        self.rungs = ladder(max_rows, max_context, max_mix)
         self.graphs = DecodeGraphs(
             self.shortcut,  # type: ignore[arg-type]
             self.step,
             self.recorder,
             CPU,
-            max_rows=max_rows,
-            max_context=32,
+            rungs=self.rungs,
             block_size=BLOCK,
             **knobs,
         )
+        self.told: list[tuple[int, int]] = []
+        self.graphs.capture(lambda done, total: self.told.append((done, total)))
+        self.first = list(self.shortcut.rows)
+        self.shortcut.rows.clear()
+
+    def ran(self, contexts: Sequence[int], *segments: tuple[int, int, AdapterWeights]) -> Rung | None:
+        """The rung in which such a step was replayed; None if it must run eagerly."""
+        replayed = self.recorder.replayed
+        got = self.decode(contexts, [Segment(a, b, 1.0, w) for a, b, w in segments])
+        assert (self.shortcut.rows, self.graphs.captures) == ([], self.recorder.recorded), "no launch, no new graph"
+        assert self.recorder.replayed == replayed + (got is not None)
+        return None if got is None else next(r for r, f in self.graphs._graphs.items() if f is self.recorder.last)
 
     def decode(self, contexts: Sequence[int], segments: Sequence[Segment] = ()) -> Tensor | None:
         inputs = flat_inputs([([7 + c] * c, c - 1) for c in contexts], BLOCK, segments, "last")
@@ -129,25 +155,40 @@ def make_adapter(sites: Sequence[Site], rank: int, seed: int, **which: bool) -> 
 SITES = [Site(0, "q_proj", 64, 64)]
 
 
-def test_first_eagerly_then_recorded_then_replayed() -> None:
-    scene = Scene()
+def test_all_is_recorded_at_start_each_after_an_eager_pass() -> None:
+    scene = Scene(max_rows=2)
+    assert scene.recorder.recorded == scene.graphs.count == scene.graphs.captures == len(scene.rungs) == 8
+    assert scene.first == [rung.rows for rung in scene.rungs for _ in range(2)]
+    assert scene.told == [(i + 1, 8) for i in range(8)]
     for contexts in ([3, 9], [4, 10], [5, 11]):
-        assert scene.decode(contexts) is not None
-    assert (scene.shortcut.rows, scene.recorder.recorded, scene.recorder.replayed) == ([2, 2], 1, 2)
+        assert scene.ran(contexts) == Rung(2, 32, NOTHING)
+    assert scene.recorder.recorded == 8
+
+
+def test_the_ladder_is_short_and_its_largest_come_first() -> None:
+    rungs = ladder(64, 131072, 8)
+    assert len(rungs) == len(set(rungs)) == 9 * 4 * 4
+    assert [r for r in rungs if r.adapters == NOTHING][:9] == [
+        Rung(rows, 1024, NOTHING) for rows in (64, 48, 32, 24, 16, 8, 4, 2, 1)
+    ]
+    assert {r.context for r in rungs} == {1024, 8192, 65536, 131072}
+    assert {r.adapters for r in rungs if r.rows == 48} == {
+        NOTHING,
+        Room(48, 48, 16, False),
+        Room(48, 48, 64, False),
+        Room(96, 96, 256, True),
+    }
+    assert max(r.rows for r in ladder(300, 32, 1)) == 256
+    assert {r.context for r in ladder(1, 500_000, 1)} == {1024, 8192, 65536, 262144}
 
 
 def test_the_next_size_is_taken_and_padded() -> None:
     scene = Scene(max_rows=12)
-    for _ in range(3):
-        assert scene.decode([3, 9, 5]) is not None
-    assert scene.shortcut.rows == [4, 4]
-    for sizes, rung in ((range(5, 9), 8), (range(9, 13), 12)):
-        for size in sizes:
-            assert scene.decode([3] * size) is not None
-            assert scene.shortcut.rows[-1] == rung
+    for size, rows in ((3, 4), (5, 8), (8, 8), (9, 12), (12, 12), (1, 1)):
+        assert scene.ran([3] * size) == Rung(rows, 32, NOTHING)
     rest = scene.graphs._logits
     assert rest is not None
-    scene.decode([3] * 5)
+    scene.decode([3] * 8)
     scene.decode([3] * 5)
     assert rest[5:8, 2].tolist() == [-1, -1, -1], "slots of padding"
     assert rest[5:8, 3].tolist() == [0, 0, 0], "contexts of padding"
@@ -155,56 +196,98 @@ def test_the_next_size_is_taken_and_padded() -> None:
 
 def test_what_does_not_fit_runs_eagerly() -> None:
     scene = Scene(max_rows=8)
-    assert scene.decode([3] * 9) is None
+    assert scene.ran([3] * 9) is None
     assert scene.graphs.run(flat_inputs([([1, 2, 3], 1), ([5], 0)], BLOCK, (), "last")) is None, "a chunk of two rows"
     half = flat_inputs([([1, 2], 1), ([5, 6], 1)], BLOCK, (), "last")
     half.logits_rows.resize_(1)
     assert scene.graphs.run(half) is None, "a row without logits"
-    assert scene.shortcut.rows == []
+    assert scene.ran([3], (0, 1, make_adapter(SITES, 300, 0))) is None, "ranks beyond the ladder"
+    small = make_adapter(SITES, 3, 0)
+    assert scene.ran([3] * 8, *[(0, 8, small)] * 3) is None, "a mix of three in every row"
+    assert scene.recorder.recorded == len(scene.rungs), "nor is a graph made for it"
 
 
 def test_adapters_take_a_rung_of_their_own_and_share_it() -> None:
     scene = Scene()
-    small, large = make_adapter(SITES, 3, 0), make_adapter(SITES, 17, 1)
+    small, middle, large = (make_adapter(SITES, rank, rank) for rank in (3, 17, 65))
     odd = make_adapter(SITES, 3, 2, bias=True)
-
-    def met(*segments: tuple[int, int, AdapterWeights]) -> Rung:
-        before = set(scene.graphs._met)
-        assert scene.decode([3, 4, 5], [Segment(a, b, 1.0, w) for a, b, w in segments]) is not None
-        (new,) = scene.graphs._met - before
-        return new
-
-    assert met() == Rung(4, 32, None)
-    assert met((0, 2, small)) == Rung(4, 32, Room(1, 4, 16, False))
-    assert met((0, 1, large)) == Rung(4, 32, Room(1, 4, 64, False))
-    assert met((0, 1, odd)) == Rung(4, 32, Room(1, 4, 16, True))
-    assert met((0, 1, small), (1, 2, small)) == Rung(4, 32, Room(4, 4, 16, False))
-    assert met((0, 3, small), (0, 3, small)) == Rung(4, 32, Room(4, 8, 16, False))
-    count = len(scene.graphs._met)
-    scene.decode([3, 4, 5], [Segment(2, 3, 0.5, make_adapter(SITES, 9, 5))])
-    assert len(scene.graphs._met) == count, "another adapter, another place, another weight: the same rung"
-    wide = make_adapter(SITES, 300, 0)
-    assert scene.decode([3], [Segment(0, 1, 1.0, wide)]) is None, "ranks beyond the ladder"
+    plain, any_of_4 = Rung(4, 32, Room(4, 4, 16, False)), Rung(4, 32, Room(8, 8, 256, True))
+    three = [3, 4, 5]
+    assert scene.ran(three) == Rung(4, 32, NOTHING)
+    assert scene.ran(three, (0, 2, small)) == plain
+    assert scene.ran(three, (0, 1, small), (1, 2, small), (2, 3, small)) == plain
+    assert scene.ran(three, (0, 1, small), (2, 3, middle)) == Rung(4, 32, Room(4, 4, 64, False))
+    assert scene.ran(three, (0, 1, large)) == any_of_4
+    assert scene.ran(three, (0, 1, odd)) == any_of_4
+    assert scene.ran(three, (0, 3, small), (0, 3, small)) == any_of_4, "a mix of two in every row"
+    assert scene.ran(three, *[(0, 3, small)] * 4) == Rung(8, 32, Room(16, 16, 256, True)), "more room, more rows"
+    assert scene.ran([3], (0, 1, make_adapter(SITES, 9, 5))) == Rung(1, 32, Room(1, 1, 16, False))
 
 
-def test_recording_stops_when_the_memory_is_taken() -> None:
-    scene = Scene(memory=2)
-    for size in (1, 2, 4, 8, 1, 2, 4, 8):
-        scene.decode([3] * size)
-    assert scene.recorder.recorded == scene.graphs.count == 2
-    assert scene.decode([3] * 8) is None
-    assert scene.decode([3]) is not None, "what is recorded goes on"
-    assert scene.recorder.replayed == 3
+def test_of_a_table_of_blocks_only_those_of_the_rung_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the longest context's were: 2 MB a step at 64 rows and 128k tokens."""
+    monkeypatch.setattr(graphs, "CONTEXTS", (8, 64, 4096))
+    scene = Scene(max_rows=4, max_context=4096)
+    copied: list[int] = []
+    plain = torch.Tensor.copy_
+
+    def copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        if into.dtype == torch.int32:
+            copied.append(source.numel())
+        return plain(into, source, non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    for contexts, rung in (
+        ([3, 8], Rung(2, 8, NOTHING)),
+        ([3, 9, 5], Rung(4, 64, NOTHING)),
+        ([7], Rung(1, 8, NOTHING)),
+    ):
+        assert scene.ran(contexts) == rung
+        assert copied.pop() == rung.rows * (7 + rung.context // BLOCK)
+        assert not copied
 
 
-def test_a_recording_that_fails_is_no_step_that_fails(caplog: pytest.LogCaptureFixture) -> None:
-    scene = Scene()
-    scene.decode([3])
-    scene.recorder.fault = torch.OutOfMemoryError("seeded")
-    assert scene.decode([3]) is None
+def test_recording_stops_when_the_memory_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(memory=5, cost=2)
+    assert scene.recorder.recorded == scene.graphs.count == 3
+    assert "3 of 16 are recorded" in caplog.text
+    assert [scene.ran([3] * size) for size in (8, 3, 1)] == [Rung(rows, 32, NOTHING) for rows in (8, 4, 2)]
+    assert scene.ran([3], (0, 1, make_adapter(SITES, 3, 0))) is None, "no larger one has room"
+
+
+def test_what_is_not_recorded_runs_in_a_larger_one(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(faults=[None, RuntimeError("seeded")])
     assert "seeded" in caplog.text
-    scene.recorder.fault = None
-    assert scene.decode([3]) is None, "nor is it tried again and again"
+    assert scene.graphs.count == 15
+    assert scene.ran([3] * 3) == Rung(4, 32, Room(4, 4, 16, False)), "an empty table is the base"
+    assert scene.ran([3] * 5) == Rung(8, 32, NOTHING)
+
+
+def test_memory_that_was_short_for_a_moment_is_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(faults=[None, torch.OutOfMemoryError("seeded")])
+    assert scene.graphs.count == 16
+    assert "seeded" not in caplog.text
+    assert scene.told[-1] == (16, 16)
+    scene = Scene(faults=[*[None] * 15, *[torch.OutOfMemoryError("seeded")] * 2])
+    assert scene.graphs.count == 15
+    assert "seeded" in caplog.text
+
+
+def test_a_device_that_is_lost_ends_the_recording() -> None:
+    with pytest.raises(DeviceLost):
+        Scene(faults=[None, torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])
+
+
+def test_only_the_pool_of_the_graphs_is_counted() -> None:
+    """Free memory was: what a worker placed was charged to the graphs, and what a cache gave back was theirs."""
+    own, default = (0, 7), (0, 0)
+    before = [{"segment_pool_id": own, "total_size": 2 << 20}, {"segment_pool_id": default, "total_size": 20 << 20}]
+    assert pool_bytes(before, own) == 2 << 20
+    placed = [*before, {"segment_pool_id": default, "total_size": 600 << 20}]
+    assert pool_bytes(placed, own) == 2 << 20, "an adapter was placed meanwhile"
+    given_back = before[:1]
+    assert pool_bytes(given_back, own) == 2 << 20, "the cache was emptied meanwhile"
+    assert pool_bytes([], own) == 0
 
 
 def test_no_adapter_is_kept() -> None:
@@ -248,7 +331,9 @@ def generate(model: CausalLM, adapters: Sequence[tuple[int, int, float, AdapterW
     return seen
 
 
-def test_replayed_over_other_adapters_it_is_what_launching_gives(model: CausalLM) -> None:
+def test_replayed_over_other_adapters_it_is_what_launching_gives(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after a swap: the first adapter's memory is overwritten, and no graph is recorded anew."""
     model.allocate_kv(16, BLOCK)
     first, second = (make_adapter(model.sites, rank, rank, bias=True) for rank in (5, 16))
@@ -260,22 +345,18 @@ def test_replayed_over_other_adapters_it_is_what_launching_gives(model: CausalLM
     ]
     plain = [generate(model, case, 3) for case in cases]
     recorder = TapeRecorder(lambda: [t for c in model._step.caches.values() for t in (c.keys, c.values)])
+    monkeypatch.setattr(graphs, "ROWS", (4,))
     model.capture_decode_steps(8, recorder)
-    graphs = model.graphs
-    assert graphs is not None
     for case, expected in zip(cases, plain, strict=True):
         if case is cases[1]:
-            recorded = graphs.count
             first.buffer.fill_(float("nan"))  # it was unloaded, and its memory is another's
-            got = generate(model, case, 3)
-            assert graphs.count == recorded == 1
         elif case is cases[2]:
             first.buffer.copy_(make_adapter(model.sites, 5, 5, bias=True).buffer)
-            got = generate(model, case, 3)
-        else:
-            got = generate(model, case, 3)
+        got = generate(model, case, 3)
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine, theirs)
     assert not torch.equal(plain[0][0], plain[1][0])
     assert recorder.launches > 0
-    assert recorder.replayed == 4
+    assert recorder.replayed == 2 * len(cases), "all steps but the first of each, which are prompts"
+    assert model.graphs is not None
+    assert model.graphs.count == recorder.recorded == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,17 +144,20 @@ class TestSelection:
 
     def chosen(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
         monkeypatch.setattr("loramux.ops.cuda.backend.bind", lambda *_: None)
         return select.select_backend(torch.device("cuda"), dtype, batch_invariant=True).name
 
-    def test_of_a_new_card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_new_card(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
         assert self.chosen(monkeypatch, (9, 0), torch.bfloat16) == "triton, batch invariant"
+        assert "a card (compute capability 9.0, bfloat16): Triton kernels" in caplog.text
         assert self.chosen(monkeypatch, (8, 0), torch.float16) == "triton, batch invariant"
         assert self.chosen(monkeypatch, (9, 0), torch.float32) == "torch + bitsandbytes"
 
     def test_of_an_old_card(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         assert self.chosen(monkeypatch, (7, 5), torch.float16) == "torch + bitsandbytes"
-        assert "compute capability 7.5, and they need 8.0" in caplog.text
+        assert "a card (compute capability 7.5, float16): no Triton kernels" in caplog.text
 
 
 def test_batch_invariance_that_cannot_be_had_is_refused(folder: str, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ async def test_counts_are_those_of_what_happened(tmp_path: Path, free_port: int)
         assert now["loramux_adapter_load_failures_total", labels(reason="INVALID_ADAPTER")] == 1
         assert now["loramux_adapter_bytes", labels()] == len(b"weights of a")
         assert now["loramux_steps_total", labels()] > 0
+        assert now["loramux_late_compilations_total", labels()] == 0
         assert now["loramux_step_seconds_total", labels(part="forward")] > 0
         assert now["loramux_healthy", labels()] == 1
         assert now["process_resident_memory_bytes", labels()] > 0

@@ -40,6 +40,7 @@ from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats, StepSeconds
 from loramux.errors import EngineFault, LoramuxError, Overloaded
 from loramux.model.inputs import ModelInputs
+from loramux.ops.device import device_errors, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,21 @@ class Model(Protocol):
         """Whether `forward` only launches work on a device, and reading its logits waits for it."""
         ...
 
+    @property
+    def compilations(self) -> int:
+        """What was made ready so far, kernels and graphs: once a model serves it should be no more."""
+        ...
+
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Write the keys and values of all rows, return logits [R, vocab_size] of `inputs.logits_rows`."""
         ...
 
 
 class Engine:
-    """Requests enter by `submit` and leave by `finish`, whatever happens to them in between."""
+    """Requests enter by `submit` and leave by `finish`, whatever happens to them in between.
+
+    But for DeviceLost, which comes out of whatever computes: then nothing more can be done here.
+    """
 
     def __init__(
         self,
@@ -102,6 +111,7 @@ class Engine:
         self._serial = itertools.count()
         self._seconds = StepSeconds()
         self._consecutive_faults = 0
+        self._compilations = model.compilations  # what comes after this halts streams
         self._faults = self._steps = self._computed = self._generated = self._finished = 0
 
     def check(self, request: Request) -> None:
@@ -226,6 +236,7 @@ class Engine:
             computed_tokens=self._computed,
             generated_tokens=self._generated,
             finished_requests=self._finished,
+            late_compilations=self.model.compilations - self._compilations,
             step_seconds=replace(self._seconds),
         )
 
@@ -301,14 +312,19 @@ class Engine:
             return None
 
     def _forward(self, batch: Batch) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), device_errors():
             return self.model.forward(batch.inputs)
+
+    def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[Sampled | None]:
+        """Waits for the device, which tells of what went wrong in `_forward` only now."""
+        with device_errors():
+            return sample(logits, seqs)
 
     def _conclude(self, batch: Batch, logits: Tensor) -> None:
         """What comes after the model, for each request by itself."""
         lap = _Laps(self._seconds, self._clock)
         try:
-            tokens = sample(logits, batch.sampled)
+            tokens = self._sample(logits, batch.sampled)
         except Exception:
             log.exception("%d rows cannot be sampled together; they are sampled one by one", len(batch.sampled))
             tokens = [self._sample_alone(logits[i : i + 1], seq) for i, seq in enumerate(batch.sampled)]
@@ -319,7 +335,7 @@ class Engine:
     def _sample_alone(self, logits: Tensor, seq: Sequence) -> Sampled | None:
         """A token for logits [1, V]; if that fails, None, and the request has ended."""
         try:
-            return sample(logits, [seq])[0]
+            return self._sample(logits, [seq])[0]
         except Exception as error:
             self._fail([seq.group], error)
             return None
@@ -328,11 +344,10 @@ class Engine:
         """A step of these rows has failed: halves of it are run, and halves of those that fail, until each request has
         its token or has failed alone. No token was given out, and what is written into the KV cache again is the same.
 
-        What the device reports concerns the whole step: without memory it may have enough for the next one, and any
-        other error would come again.
+        Where the device has no memory, all of them fail: it may have enough for the next step.
         """
         requests = _by_request(rows)
-        if len(requests) == 1 or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        if len(requests) == 1 or out_of_memory(error):
             self._fail([group for group, _ in requests], error)
             return
         log.error("a step of %d requests failed; halves of it are run", len(requests), exc_info=error)
@@ -355,7 +370,7 @@ class Engine:
         """
         groups = list(groups)
         reason: LoramuxError
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             log.warning("no memory for a step of %d requests, which fail: %s; %s", len(groups), error, _shown(groups))
             reason = Overloaded(NO_MEMORY_TEXT, reason="DEVICE_MEMORY")
         elif isinstance(error, LoramuxError):
@@ -383,7 +398,7 @@ class Engine:
             if not self.kv.reserve(seq):
                 return False
             batch = build_batch([Row(seq, 0, 1)], self.kv.block_size)
-            return sample(self._forward(batch), batch.sampled) != [None]
+            return self._sample(self._forward(batch), batch.sampled) != [None]
         except Exception:
             log.exception("a token of the base fails")
             return False

@@ -29,9 +29,11 @@ from loramux.engine.request import Event, Request, RequestFailed, SequenceFinish
 from loramux.engine.settings import EngineSettings
 from loramux.engine.stats import EngineStats
 from loramux.engine.stream import Stream
-from loramux.errors import Cancelled, Draining, EngineFault, LoramuxError, Overloaded, SlowReader
+from loramux.errors import Cancelled, DeviceLost, Draining, EngineFault, LoramuxError, Overloaded, SlowReader
 
 log = logging.getLogger(__name__)
+
+DEVICE_LOST_TEXT = "the server's device failed; the server ends, and is of use again once it was started anew"
 
 _COMMANDS = 64  # most that are carried out between two steps: a thousand requests at once must not halt the streams
 _SMOOTHING = 0.1
@@ -39,7 +41,11 @@ _MOST_RETRY_SECONDS = 60.0
 
 
 class AsyncEngine:
-    """Implements `client.EngineClient`, which says what each method may be called from."""
+    """Implements `client.EngineClient`, which says what each method may be called from.
+
+    `device_lost` is set on the event loop when the device has failed for good and all requests have been told: only a
+    new process can serve again.
+    """
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class AsyncEngine:
         self._streams: dict[Request, Stream] = {}  # every request whose lease is still out
         self._idle = asyncio.Event()
         self._idle.set()
+        self.device_lost = asyncio.Event()
         self._stats = self._engine.stats()
         self._alive = self._draining = self._stopping = False
         self._mean_seconds = 1.0
@@ -223,6 +230,12 @@ class AsyncEngine:
                     if not self._inbox:
                         self._wake.wait(self._engine.idle_seconds())
             self._flush()
+        except DeviceLost as error:
+            self._alive = False
+            log.critical("the device has failed, and no call to it can succeed any more", exc_info=error)
+            fault = partial(EngineFault, DEVICE_LOST_TEXT, reason="DEVICE_LOST")
+            self._outbox += (partial(self._fail_all, fault), self.device_lost.set)
+            self._hand_over()
         except BaseException:
             log.exception("the engine's thread has died")
             self._alive = False

@@ -22,7 +22,8 @@ class EngineStats:
     """Gauges are of this moment, everything that counts up is since the start.
 
     A request is running if at least one of its sequences holds a place in the batch, otherwise it is waiting.
-    The adapter maps count requests by adapter name; the base has the empty name.
+    The adapter maps count requests by adapter name; the base has the empty name. `late_compilations` are kernels and
+    graphs that were made ready after the engine was.
     """
 
     running: int = 0
@@ -40,4 +41,5 @@ class EngineStats:
     computed_tokens: int = 0
     generated_tokens: int = 0
     finished_requests: int = 0
+    late_compilations: int = 0
     step_seconds: StepSeconds = field(default_factory=StepSeconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loramux.model.graphs import CudaRecorder, DecodeGraphs, Recorder
+from loramux.model.graphs import CudaRecorder, DecodeGraphs, Recorder, ladder
 from loramux.model.inputs import ModelInputs
 from loramux.model.modules import SiteLinear
 from loramux.model.shortcut import Shortcut
 from loramux.model.step import Step
-from loramux.ops.backend import Backend
+from loramux.ops.backend import Backend, BoundSegments
+from loramux.ops.compilations import compilations
 from loramux.ops.fused import CapturableBackend
 from loramux.ops.paged import LayerCache, PagedBatch
 from loramux.ops.segment import Segment
@@ -70,6 +71,7 @@ class CausalLM:
         self.graphs: DecodeGraphs | None = None  # in place of the shortcut, in decode steps
         self.block_size = 0
         self.num_kv_blocks = 0
+        self._compilations = compilations() if isinstance(step.backend, CapturableBackend) else None
         config = skeleton.config
         groups = {id(m.group): m.group for m in linears if m.group is not None}.values()
         dense = list(skeleton.parameters())
@@ -108,6 +110,12 @@ class CausalLM:
         return self.device.type == "cuda"
 
     @property
+    def compilations(self) -> int:
+        """Kernels that were made ready (compiled, or loaded from the disk) and graphs that were recorded so far."""
+        kernels = 0 if self._compilations is None else self._compilations.count
+        return kernels + (0 if self.graphs is None else self.graphs.captures)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes over all layers. Known once the self-test has run."""
         return sum(
@@ -144,19 +152,28 @@ class CausalLM:
             and isinstance(self._step.backend, CapturableBackend)
         )
 
-    def capture_decode_steps(self, max_rows: int, recorder: Recorder | None = None) -> None:
-        """Replay decode steps of at most `max_rows` sequences from now on; call it after `allocate_kv`. `recorder` is
-        another one than CUDA's, for tests."""
+    def capture_decode_steps(
+        self,
+        max_rows: int,
+        recorder: Recorder | None = None,
+        *,
+        max_mix: int = 1,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Record decode steps of at most `max_rows` sequences, any of which may mix `max_mix` adapters, and replay
+        them from now on; call it after `allocate_kv`. `recorder` is another one than CUDA's, for tests;
+        progress(done, total) is called after each graph. Raises DeviceLost."""
         assert self.shortcut is not None
+        longest = min(self.max_context, self.num_kv_blocks * self.block_size)
         self.graphs = DecodeGraphs(
             self.shortcut,
             self._step,
             recorder or CudaRecorder(self.device),
             self.device,
-            max_rows=max_rows,
-            max_context=self.max_context,
+            rungs=ladder(max_rows, longest, max_mix),
             block_size=self.block_size,
         )
+        self.graphs.capture(progress)
 
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs) -> Tensor:
@@ -164,9 +181,14 @@ class CausalLM:
         keys and values."""
         if self.graphs is not None and (replayed := self.graphs.run(inputs)) is not None:
             return replayed
+        return self.run_eagerly(inputs, self._step.backend.bind(inputs.segments))
+
+    @torch.inference_mode()
+    def run_eagerly(self, inputs: ModelInputs, segments: BoundSegments) -> Tensor:
+        """`forward` without graphs, and with `segments` in the place of those of `inputs`."""
         ids, positions = inputs.token_ids.to(self.device), inputs.positions.to(self.device)
         rows = inputs.logits_rows.to(self.device)
-        with self._running(inputs):
+        with self._running(inputs, segments):
             if self.shortcut is not None:
                 return self.shortcut.run(ids, positions, rows)
             output = self._skeleton(
@@ -176,9 +198,9 @@ class CausalLM:
         return logits
 
     @contextmanager
-    def _running(self, inputs: ModelInputs) -> Iterator[None]:
+    def _running(self, inputs: ModelInputs, segments: BoundSegments) -> Iterator[None]:
         step = self._step
-        step.segments = step.backend.bind(inputs.segments)
+        step.segments = segments
         step.batch = PagedBatch(
             slots=inputs.slots.to(self.device),
             query_starts=inputs.query_starts.to(self.device),

@@ -3,20 +3,20 @@
 A decode step of an 8B model is some hundreds of launches of a few microseconds each; without graphs the host takes
 longer to make them than the device to run them. A graph fixes addresses and grids, so here
 - the inputs live in tensors that are written in place before each replay (`StaticInputs`);
-- a step of R sequences runs in the graph of the next size on the ladder; rows beyond R are padding (no slot, no
-  context);
+- a step of R sequences runs in the lowest graph that holds it; rows beyond R are padding (no slot, no context);
 - adapters are found through a table of addresses that is rewritten in place: no graph knows any adapter, so none is
   invalid after a swap.
 
-Only decode steps (one row a sequence) up to the end of the ladder are replayed; everything else runs eagerly.
+The ladder is recorded before anything is served, and never after: a capture halts every stream. Decode steps (one row
+a sequence) that no graph holds run eagerly, and so does everything else.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from loramux.model.inputs import ModelInputs
 from loramux.model.shortcut import Shortcut
 from loramux.model.step import Step
 from loramux.ops.backend import BoundSegments
+from loramux.ops.device import device_errors
 from loramux.ops.fused import CapturableBackend
 from loramux.ops.paged import PagedBatch
 from loramux.ops.segment import AdapterWeights, Segment
@@ -32,27 +33,13 @@ from loramux.ops.segment import AdapterWeights, Segment
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Few steps, for each is a graph of its own; their cost is that of programs which find nothing to do.
-SEGMENTS = (1, 4, 16, 64, 256)
-RANKS = (16, 64, 256)
-MIXES = (1, 2, 8)  # adapters a row, on the average
-CONTEXTS = (1024, 4096, 16384, 65536, 262144)
-# What all graphs together may take of the device (launch descriptions, and the tensors between the launches).
+# Far apart: what a graph is too long for costs programs that find nothing, and the copy of a block table.
+CONTEXTS = (1024, 8192, 65536, 262144)
+RANKS = (16, 64)  # of adapters without extras, one a row
+MOST_RANK = 256  # of any
+# What the tensors between all graphs' launches may take of the device. The driver's own description of a launch,
+# some hundreds of bytes, comes on top.
 MEMORY = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """What a graph was recorded for; a step fits if it needs no more of anything.
-
-    rows     sequences, one row each
-    context  tokens of the longest
-    adapters None: the base alone
-    """
-
-    rows: int
-    context: int
-    adapters: Room | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +51,88 @@ class Room:
     rank: int
     extras: bool
 
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Room:
+        """What these segments, all of adapters, need."""
+        adapters: list[AdapterWeights] = []
+        for segment in segments:
+            assert isinstance(segment.sites, AdapterWeights)
+            adapters.append(segment.sites)
+        return cls(
+            len(segments),
+            sum(segment.stop - segment.start for segment in segments),
+            max(adapter.max_rank for adapter in adapters),
+            any(adapter.extras for adapter in adapters),
+        )
+
+    def holds(self, other: Room) -> bool:
+        """Whether the other is no larger in anything."""
+        return (
+            other.segments <= self.segments
+            and other.covered <= self.covered
+            and other.rank <= self.rank
+            and other.extras <= self.extras
+        )
+
+
+NOTHING = Room(0, 0, 0, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """What a graph is recorded for; a step fits if it needs no more of anything.
+
+    rows     sequences, one row each
+    context  tokens of the longest
+    adapters NOTHING: the base alone
+    """
+
+    rows: int
+    context: int
+    adapters: Room
+
+    def holds(self, other: Rung) -> bool:
+        """Whether a step that needs the other can run in this one's graph."""
+        return other.rows <= self.rows and other.context <= self.context and self.adapters.holds(other.adapters)
+
+
+def ladder(max_rows: int, max_context: int, max_mix: int) -> tuple[Rung, ...]:
+    """The rungs for steps of at most `max_rows` sequences of at most `max_context` tokens, most wanted ones first.
+
+    For each number of rows and each context four: the base; one adapter a row of a small and of a middle rank; and
+    whatever else, with every second row a mix of two, or one of `max_mix`. Steps with more of a mix find their room
+    where there are more rows. Of one kind the largest goes first, so that smaller ones fit into the memory that it
+    has left.
+    """
+    return tuple(
+        rung
+        for context in _steps(CONTEXTS, max_context)
+        for kind in zip(*(_kinds(rows, context, max_mix) for rows in reversed(_steps(ROWS, max_rows))), strict=True)
+        for rung in kind
+    )
+
+
+def _kinds(rows: int, context: int, max_mix: int) -> tuple[Rung, ...]:
+    most = max(2 * rows, max_mix)
+    rooms = [NOTHING, *(Room(rows, rows, rank, False) for rank in RANKS), Room(most, most, MOST_RANK, True)]
+    return tuple(Rung(rows, context, room) for room in rooms)
+
+
+def _steps(steps: Sequence[int], most: int) -> tuple[int, ...]:
+    """The steps below `most`, and `most` itself if they reach it."""
+    below = tuple(s for s in steps if s < most)
+    return below if most > steps[-1] else (*below, most)
+
 
 class Recorder(Protocol):
-    """Records the launches of a function without running them, and says what they took."""
+    """Records the launches of a function without running them, and says what the recordings hold."""
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
         """What runs the same launches on the same addresses again. Raises RuntimeError (OutOfMemoryError is one)."""
         ...
 
-    def free_bytes(self) -> int:
-        """The device's free memory."""
+    def held_bytes(self) -> int:
+        """Memory of the device that belongs to the recordings alone."""
         ...
 
 
@@ -86,35 +145,48 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: meanwhile, other threads may allocate and copy (an adapter that is being loaded).
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            launch()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # thread_local: meanwhile, other threads may allocate and copy (an adapter that is being loaded).
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                launch()
+        finally:
+            torch.cuda.set_stream(before)  # which a capture that ends in an error does not do
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def free_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info(self._device)[0])
+    def held_bytes(self) -> int:
+        return pool_bytes(torch.cuda.memory_snapshot(), self._pool)
+
+
+def pool_bytes(segments: Iterable[Mapping[str, Any]], pool: tuple[int, int]) -> int:
+    """Bytes of `torch.cuda.memory_snapshot()`'s segments that belong to `pool`.
+
+    The device's free memory would not do: it also moves with whatever other threads place, and with what torch's
+    cache takes and gives back.
+    """
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
 
 class StaticInputs:
-    """The inputs of one decode step of at most `rows` sequences, at addresses that stay; one copy writes them all."""
+    """The inputs of one decode step, at addresses that stay for each rung; one copy writes them all.
 
-    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
-        """`blocks`: the most KV blocks of one sequence."""
-        self._rows = rows
-        # One buffer of 32-bit words: token ids, positions and slots (64 bits each), context lengths, block tables.
-        self._host = torch.zeros(rows * (7 + blocks), dtype=torch.int32)
+    One buffer of 32-bit words, laid out for each rung by itself, so that no more than its rows, and no more blocks
+    than its context has, are copied: token ids, positions and slots (64 bits each), context lengths, block tables.
+    """
+
+    def __init__(self, rows: int, context: int, block_size: int, device: torch.device) -> None:
+        """For rungs of at most so many rows and tokens."""
+        self._block_size = block_size
+        self._host = torch.zeros(rows * (7 + self._blocks(context)), dtype=torch.int32)
         self._device = self._host.to(device) if device.type != "cpu" else self._host.clone()
-        self._host_views = _views(self._host, rows)
-        self.token_ids, self.positions, self._slots, self._contexts, self._tables = _views(self._device, rows)
         self.logits_rows = torch.arange(rows, device=device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
-    def write(self, inputs: ModelInputs, rows: int) -> None:
-        """Put in `inputs`, padded to `rows`."""
+    def write(self, inputs: ModelInputs, rung: Rung) -> None:
+        """Put in `inputs`, padded to the rung's rows."""
         given = inputs.context_lens.shape[0]
-        ids, positions, slots, contexts, tables = self._host_views
+        ids, positions, slots, contexts, tables = self._views(self._host, rung)
         for view, values, padding in (
             (ids, inputs.token_ids, 0),
             (positions, inputs.positions, 0),
@@ -122,40 +194,52 @@ class StaticInputs:
             (contexts, inputs.context_lens, 0),
         ):
             view[:given] = values
-            view[given:rows] = padding
+            view[given:] = padding
         # What an earlier step left beyond is not read.
-        tables[:given, : inputs.block_tables.shape[1]] = inputs.block_tables
-        used = self._host[: 7 * self._rows + rows * tables.shape[1]]
+        columns = min(inputs.block_tables.shape[1], tables.shape[1])
+        tables[:given, :columns] = inputs.block_tables[:, :columns]
+        used = self._host[: self._words(rung)]
         if self._device.device.type == "cuda":
             # A fresh pinned copy, for the last step's may still be on its way. Its memory comes from torch's cache,
             # which gives it out again only when the copy is done.
             used = used.pin_memory()
         self._device[: used.shape[0]].copy_(used, non_blocking=True)
 
-    def batch(self, rows: int, context: int) -> PagedBatch:
-        """The first `rows` sequences, each of at most `context` tokens."""
-        return PagedBatch(
-            slots=self._slots[:rows],
+    def clear(self, rung: Rung) -> None:
+        """Only padding: a step that reads no key, writes none, and may run over any cache."""
+        none = torch.zeros(0, dtype=torch.int32)
+        empty = none.long()
+        self.write(ModelInputs(empty, empty, empty, none, none, none[:, None], empty), rung)
+
+    def views(self, rung: Rung) -> tuple[Tensor, Tensor, PagedBatch]:
+        """Token ids and positions [rows] on the device, and the batch of the rung's sequences."""
+        rows = rung.rows
+        ids, positions, slots, contexts, tables = self._views(self._device, rung)
+        batch = PagedBatch(
+            slots=slots,
             query_starts=self._starts[: rows + 1],
-            context_lens=self._contexts[:rows],
-            block_tables=self._tables[:rows],
+            context_lens=contexts,
+            block_tables=tables,
             starts=tuple(range(rows + 1)),
-            contexts=(context,) * rows,
+            contexts=(rung.context,) * rows,
         )
+        return ids, positions, batch
 
+    def _blocks(self, context: int) -> int:
+        return -(-context // self._block_size)
 
-def _views(words: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Token ids, positions and slots int64 [rows], contexts int32 [rows], tables int32 [rows, blocks] in `words`."""
-    ids, positions, slots = words[: 6 * rows].view(torch.int64).view(3, rows)
-    return ids, positions, slots, words[6 * rows : 7 * rows], words[7 * rows :].view(rows, -1)
+    def _words(self, rung: Rung) -> int:
+        return rung.rows * (7 + self._blocks(rung.context))
+
+    def _views(self, words: Tensor, rung: Rung) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Token ids, positions and slots int64 [rows], contexts int32 [rows], tables int32 [rows, blocks]."""
+        rows = rung.rows
+        ids, positions, slots = words[: 6 * rows].view(torch.int64).view(3, rows)
+        return ids, positions, slots, words[6 * rows : 7 * rows], words[7 * rows : self._words(rung)].view(rows, -1)
 
 
 class DecodeGraphs:
-    """Runs decode steps of a model that has a shortcut. Owned by the model's thread; void once the KV cache moves.
-
-    A rung is first run eagerly (kernels are compiled then, which no capture allows), recorded when it is met again,
-    and replayed from then on. Once the graphs take `memory` bytes no more are recorded.
-    """
+    """Runs decode steps of a model that has a shortcut. Owned by the model's thread; void once the KV cache moves."""
 
     def __init__(
         self,
@@ -164,125 +248,106 @@ class DecodeGraphs:
         recorder: Recorder,
         device: torch.device,
         *,
-        max_rows: int,
-        max_context: int,
+        rungs: Sequence[Rung],
         block_size: int,
         memory: int = MEMORY,
     ) -> None:
-        """`max_rows`: the most sequences of a step, if the ladder reaches so far."""
+        """Nothing is recorded yet. `memory`: bytes from which on no more graphs are."""
         assert isinstance(step.backend, CapturableBackend)
         self._shortcut = shortcut
         self._step = step
         self._backend = step.backend
         self._recorder = recorder
-        self._rows = _ladder(ROWS, max_rows)
-        self._contexts = _ladder(CONTEXTS, max_context)
-        self._inputs = StaticInputs(self._rows[-1], -(-max_context // block_size), device)
+        self._rungs = tuple(rungs)
+        self._most_rows = max(rung.rows for rung in rungs)
+        self._inputs = StaticInputs(self._most_rows, max(rung.context for rung in rungs), block_size, device)
+        self._memory = memory
         self._logits: Tensor | None = None  # [rows, V], where every graph leaves its logits
         self._tables: dict[Room, BoundSegments] = {}
-        self._met: set[Rung] = set()
         self._graphs: dict[Rung, Callable[[], None]] = {}
-        self._left = memory
+        self.captures = 0
 
     @property
     def count(self) -> int:
         """Graphs that are recorded."""
         return len(self._graphs)
 
+    def capture(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Record the ladder. Each rung runs once before, on padding, for no capture allows what a first launch does
+        (compiling, loading). What cannot be recorded is told and left out; where memory was short, it is tried again
+        at the end.
+        """
+        total, done = len(self._rungs), 0
+        left: Sequence[Rung] = self._rungs
+        for last in (False, True):
+            failed: list[Rung] = []
+            for rung in left:
+                if self._recorder.held_bytes() >= self._memory:
+                    log.warning("CUDA graphs have taken their memory: %d of %d are recorded", self.count, total)
+                    left = failed = []
+                    break
+                try:
+                    self._capture(rung)
+                except torch.OutOfMemoryError as error:
+                    if last:
+                        _tell_left_out(rung, error)
+                    failed.append(rung)
+                except RuntimeError as error:
+                    _tell_left_out(rung, error)
+                done += not last
+                progress(done, total)
+            left = failed
+        # From the cheapest up, so that the first that holds a step is the one to run it in.
+        self._graphs = dict(sorted(self._graphs.items(), key=lambda item: _cost(item[0])))
+
     def run(self, inputs: ModelInputs) -> Tensor | None:
-        """Logits [R, V] of a step that may be replayed, good until the next one; None if it must run eagerly."""
-        rung = self._rung(inputs)
+        """Logits [R, V] of a step that a graph holds, good until the next one; None if it must run eagerly."""
+        rows = inputs.context_lens.shape[0]
+        if inputs.token_ids.shape[0] != rows or inputs.logits_rows.shape[0] != rows or rows > self._most_rows:
+            return None
+        adapters = Room.of(inputs.segments) if inputs.segments else NOTHING
+        needed = Rung(rows, int(inputs.context_lens.max()), adapters)
+        rung = next((rung for rung in self._graphs if rung.holds(needed)), None)
         if rung is None:
             return None
-        replay = self._graphs.get(rung)
-        if replay is None and rung in self._met:
-            if self._left <= 0:
-                return None
-            replay = self._record(rung)
-            if replay is None:
-                return None
-        self._inputs.write(inputs, rung.rows)
-        if rung.adapters is not None:
-            self._backend.rebind(inputs.segments, self._bound(rung))
-        if replay is None:
-            self._launch(rung)
-            self._met.add(rung)
-        else:
-            replay()
+        self._inputs.write(inputs, rung)
+        if rung.adapters != NOTHING:
+            self._backend.rebind(inputs.segments, self._tables[rung.adapters])
+        self._graphs[rung]()
         assert self._logits is not None
-        return self._logits[: inputs.token_ids.shape[0]]
+        return self._logits[:rows]
 
-    def _rung(self, inputs: ModelInputs) -> Rung | None:
-        """The lowest rung that holds the step; None if none does."""
-        rows = inputs.context_lens.shape[0]
-        if inputs.token_ids.shape[0] != rows or inputs.logits_rows.shape[0] != rows:
-            return None
-        height, context = _step_up(self._rows, rows), _step_up(self._contexts, int(inputs.context_lens.max()))
-        if height is None or context is None:
-            return None
-        if not inputs.segments:
-            return Rung(height, context, None)
-        room = _room(inputs.segments, height)
-        return None if room is None else Rung(height, context, room)
-
-    def _bound(self, rung: Rung) -> BoundSegments:
+    def _capture(self, rung: Rung) -> None:
         room = rung.adapters
-        if room is None:
-            return self._backend.bind(())
-        if room not in self._tables:
+        if room != NOTHING and room not in self._tables:
             self._tables[room] = self._backend.reserve_segments(
                 room.segments, room.covered, room.rank, extras=room.extras
             )
-        return self._tables[room]
+        self._inputs.clear(rung)
+        with torch.inference_mode(), device_errors():
+            self._launch(rung)
+            self._graphs[rung] = self._recorder.record(lambda: self._launch(rung))
+        self.captures += 1
 
     def _launch(self, rung: Rung) -> None:
         """All launches of a step, over the static inputs; nothing here may look at what they hold."""
         step, rows = self._step, rung.rows
-        inputs = self._inputs
-        step.batch, step.segments = inputs.batch(rows, rung.context), self._bound(rung)
+        nothing = self._backend.bind(())
+        ids, positions, step.batch = self._inputs.views(rung)
+        step.segments = nothing if rung.adapters == NOTHING else self._tables[rung.adapters]
         try:
-            logits = self._shortcut.run(inputs.token_ids[:rows], inputs.positions[:rows], inputs.logits_rows[:rows])
+            logits = self._shortcut.run(ids, positions, self._inputs.logits_rows[:rows])
         finally:
-            step.batch, step.segments = None, self._backend.bind(())
+            step.batch, step.segments = None, nothing
         if self._logits is None:
-            self._logits = logits.new_empty(self._rows[-1], logits.shape[1])
+            self._logits = logits.new_empty(self._most_rows, logits.shape[1])
         self._logits[:rows].copy_(logits)
 
-    def _record(self, rung: Rung) -> Callable[[], None] | None:
-        """None if it cannot be recorded: the step then runs without, and nothing more is recorded."""
-        before = self._recorder.free_bytes()
-        try:
-            replay = self._recorder.record(lambda: self._launch(rung))
-        except RuntimeError as error:
-            log.warning("no CUDA graph for %s (%s); such steps run launch by launch, slower", rung, error)
-            self._left = 0
-            return None
-        self._graphs[rung] = replay
-        self._left -= before - self._recorder.free_bytes()
-        if self._left <= 0:
-            log.warning("%d CUDA graphs have taken their memory; further kinds of steps run without", self.count)
-        return replay
+
+def _cost(rung: Rung) -> tuple[int, ...]:
+    room = rung.adapters
+    return rung.rows, room.rank, room.covered, rung.context
 
 
-def _ladder(steps: Sequence[int], most: int) -> tuple[int, ...]:
-    """The steps below `most`, and `most` itself if the ladder reaches it."""
-    below = tuple(s for s in steps if s < most)
-    return below if most > steps[-1] else (*below, most)
-
-
-def _step_up(steps: Sequence[int], needed: int) -> int | None:
-    return next((s for s in steps if s >= needed), None)
-
-
-def _room(segments: Sequence[Segment], rows: int) -> Room | None:
-    """The least room for these segments over `rows` rows; None if there is none so large."""
-    adapters: list[AdapterWeights] = []
-    for segment in segments:
-        assert isinstance(segment.sites, AdapterWeights)
-        adapters.append(segment.sites)
-    count = _step_up(SEGMENTS, len(segments))
-    rank = _step_up(RANKS, max(adapter.max_rank for adapter in adapters))
-    times = _step_up(MIXES, -(-sum(segment.stop - segment.start for segment in segments) // rows))
-    if count is None or rank is None or times is None:
-        return None
-    return Room(count, times * rows, rank, any(adapter.extras for adapter in adapters))
+def _tell_left_out(rung: Rung, error: RuntimeError) -> None:
+    log.warning("no CUDA graph for %s (%s); such steps run in a larger one, or launch by launch, slower", rung, error)

@@ -7,7 +7,7 @@ one native call (ops/cpu) or as a row of launches (ops/cuda): here they are the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,3 +101,10 @@ class CapturableBackend(FusingBackend):
     @abstractmethod
     def rebind(self, segments: tuple[Segment, ...], into: BoundSegments) -> None:
         """Put `segments` in the place of those that `into`, from `reserve_segments`, holds. They must fit."""
+
+    def precompile(self, rows: Sequence[int], ranks: Sequence[int], progress: Callable[[int, int], None]) -> None:
+        """Make the kernels ready that steps of so many rows take, alone and with adapters of so many ranks, where the
+        passes that run each of them next (`model.warm_up`) would do so one after another. Need not do anything.
+
+        progress(done, total) is called after each kernel.
+        """

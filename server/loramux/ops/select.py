@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 # What Triton's matrix products of bfloat16 need.
 _LEAST_CAPABILITY = (8, 0)
+# The cards that `make gpu-check` has passed on, by their compute capability: docs/gpu.md.
+_TRIED: frozenset[tuple[int, int]] = frozenset()
 
 
 def select_backend(
@@ -26,8 +28,9 @@ def select_backend(
     """The fastest backend that works here; imported only when it is chosen.
 
     On a CPU in bfloat16 the native kernels, on a GPU in bfloat16 or float16 the Triton kernels; where they cannot be
-    had, torch and bitsandbytes, with one warning. compiling(done, total) is called after each file if the native
-    kernels have to be compiled first. batch_invariant is a wish: the backend says whether it fulfils it.
+    had, torch and bitsandbytes, with one warning. What a GPU gets is logged in one sentence. compiling(done, total) is
+    called after each file if the native kernels have to be compiled first. batch_invariant is a wish: the backend says
+    whether it fulfils it.
     """
     if device.type == "cpu" and dtype == torch.bfloat16:
         from loramux.ops.cpu.backend import NativeBackend
@@ -38,25 +41,53 @@ def select_backend(
             return NativeBackend()
         except Unavailable as error:
             log.warning("native CPU kernels are not available (%s); serving with torch, several times slower", error)
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        reason = _no_triton(device)
-        if reason is None:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        missing = _missing()
+        fits = takes_kernels(capability, dtype) and not missing
+        log.log(
+            logging.INFO if fits else logging.WARNING,
+            "%s",
+            what_a_card_gets(torch.cuda.get_device_name(device), capability, dtype, missing),
+        )
+        if fits:
             from loramux.ops.cuda.backend import TritonBackend
 
             return TritonBackend(device, batch_invariant=batch_invariant)
-        log.warning("Triton kernels cannot run here (%s); serving with torch, several times slower", reason)
     from loramux.ops.grouped import GroupedBackend
 
     return GroupedBackend()
 
 
-def _no_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on the GPU; None if they can."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        return "compute capability {}.{}, and they need {}.{}".format(*capability, *_LEAST_CAPABILITY)
+def takes_kernels(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels run on a GPU of that compute capability, in that dtype."""
+    return capability >= _LEAST_CAPABILITY and dtype in (torch.bfloat16, torch.float16)
+
+
+def what_a_card_gets(name: str, capability: tuple[int, int], dtype: torch.dtype, missing: str = "") -> str:
+    """One sentence: which kernels run on the GPU `name`, what falls back, and whether that was ever tried.
+
+    `missing`: why Triton cannot be imported.
+    """
+    card = f"{name} (compute capability {capability[0]}.{capability[1]}, {str(dtype).removeprefix('torch.')})"
+    if takes_kernels(capability, dtype) and not missing:
+        gets = "Triton kernels for NF4, adapters, attention and sampling, decode steps as CUDA graphs"
+    else:
+        if capability < _LEAST_CAPABILITY:
+            reason = "they need compute capability {}.{}".format(*_LEAST_CAPABILITY)
+            if dtype == torch.bfloat16:
+                reason += ", and bfloat16 is emulated here: --dtype fp16 is faster"
+        else:
+            reason = missing or "they compute in bfloat16 and float16"
+        gets = f"no Triton kernels ({reason}) and no CUDA graphs, but torch and bitsandbytes, several times slower"
+    tried = "" if capability in _TRIED else "; not tried on such a card yet"
+    return f"{card}: {gets}{tried}"
+
+
+def _missing() -> str:
+    """Why Triton cannot be imported; empty if it can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return str(error)
-    return None
+    return ""

@@ -190,6 +190,7 @@ class Telemetry:
             preemptions=engine.preemptions,
             faults=engine.faults,
             steps=engine.steps,
+            late_compilations=engine.late_compilations,
             step_seconds=asdict(engine.step_seconds),
             adapter_states=Counter(entry.state.value for entry in entries),
             adapter_residencies=Counter(entry.residency.value for entry in entries),
