@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from loramux.ops.cuda.precompile import Compiled, Operation, Shapes, Steps, precompile, steps
+from loramux.ops.cuda.linear import Operation
+from loramux.ops.cuda.precompile import Compiled, Shapes, Steps, precompile, steps
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, table 30).
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
@@ -77,8 +78,8 @@ def test_a_second_start_finds_all_of_it_on_disk(own_cache: Path) -> None:
 
 
 def test_a_failure_says_why() -> None:
-    with pytest.raises(RuntimeError, match="no attribute 'int3'"):
-        precompile(Shapes((), (), 64, 0, dtype="int3"), Steps((8,), (0,), (False,)), 90, processes=1)
+    with pytest.raises(RuntimeError, match="no attribute 'float3'"):
+        precompile(Shapes((), (), 64, 0, dtype="float3"), Steps((8,), (0,), (False,)), 90, processes=1)
 
 
 def test_the_steps_of_a_server_have_every_tile() -> None:

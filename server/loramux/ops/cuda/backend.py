@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -12,13 +15,18 @@ from loramux.ops.backend import BoundSegments, Linear, LinearPart
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import TritonLinear
+from loramux.ops.cuda.linear import Operation, TritonLinear
+from loramux.ops.cuda.precompile import Heads, Shapes, Steps, compiled_before, precompile, steps
 from loramux.ops.cuda.segments import TritonSegments, bind
 from loramux.ops.fused import CapturableBackend, FusedLinear, LayerOperations
 from loramux.ops.grouped import GroupedBackend
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 from loramux.ops.segment import Segment
 
+log = logging.getLogger(__name__)
+
+# Compiling takes some 300 MB a process.
+_MOST_PROCESSES = 16
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -74,10 +82,16 @@ class TritonBackend(CapturableBackend):
         self._device = device
         self._fallback = GroupedBackend()
         self._unbound = bind((), device)
+        # What was prepared, for `precompile`.
+        self._operations: set[Operation] = set()
+        self._attentions: dict[Heads, None] = {}
+        self._hidden, self._vocabulary, self._dtype = 64, 0, torch.bfloat16
 
     def prepare(self, parts: Sequence[LinearPart], sites: Sequence[int]) -> Linear:
         if TritonLinear.accepts(parts):
-            return TritonLinear.pack(parts, sites, invariant=self.batch_invariant)
+            linear = TritonLinear.pack(parts, sites, invariant=self.batch_invariant)
+            self._operations.add(linear.operation)
+            return linear
         if self.batch_invariant:
             raise StartupError(
                 "--batch-invariant: this model has linear layers that the Triton kernels do not take (dense after a "
@@ -89,9 +103,42 @@ class TritonBackend(CapturableBackend):
     def prepare_dense(self, weight: Tensor, bias: Tensor | None) -> FusedLinear | None:
         if weight.dtype not in _DTYPES or not weight.is_contiguous():
             return None
+        self._vocabulary, self._dtype = weight.shape[0], weight.dtype
         return DenseLinear(weight, bias, invariant=self.batch_invariant)
 
+    def precompile(self, rows: Sequence[int], ranks: Sequence[int], progress: Callable[[int, int], None]) -> None:
+        """In parallel processes, the kernels of the operations that were prepared; all but the first start on a
+        machine find them on disk, and begin no process."""
+        if self._device.type != "cuda" or not self._operations:
+            return
+        every = steps(max(ranks, default=0), invariant=self.batch_invariant)
+        wanted = Steps(tuple(n for n in every.rows if n <= max(rows)) or every.rows[:1], every.ranks, every.extras)
+        shapes = Shapes(
+            operations=tuple(sorted(self._operations)),
+            attentions=tuple(self._attentions),
+            hidden=self._hidden,
+            vocabulary=self._vocabulary,
+            dtype=str(self._dtype).removeprefix("torch."),
+            invariant=self.batch_invariant,
+        )
+        major, minor = torch.cuda.get_device_capability(self._device)
+        before = compiled_before(shapes, wanted, 10 * major + minor)
+        if before.exists():
+            return
+        processes = max(1, min(len(os.sched_getaffinity(0)), _MOST_PROCESSES))
+        try:
+            precompile(shapes, wanted, 10 * major + minor, processes=processes, progress=progress)
+        except (RuntimeError, OSError) as error:
+            # The passes that come next compile one after another what is missing, and tell what cannot be.
+            log.warning("%s", error)
+            return
+        with suppress(OSError):
+            before.touch()
+
     def decoder(self, layers: Sequence[LayerOperations], heads: int, kv_heads: int, dim: int) -> TritonDecoder:
+        for layer in layers:
+            self._attentions[Heads(heads, kv_heads, dim, layer.shape.sliding_window)] = None
+            self._hidden = layer.input_norm.shape[0]
         return TritonDecoder(layers, heads, kv_heads, dim, invariant=self.batch_invariant)
 
     def bind(self, segments: tuple[Segment, ...]) -> BoundSegments:

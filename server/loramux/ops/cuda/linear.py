@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,6 +36,15 @@ _DOWN_INPUTS = 512
 _MAX_DOWN_SPLITS = 32
 
 _interpreted = not isinstance(nf4_linear, triton.JITFunction)
+
+
+class Operation(NamedTuple):
+    """A shape: inputs, the outputs of each part, whether absmax is quantized, and whether there are biases."""
+
+    inputs: int
+    outputs: tuple[int, ...]
+    double: bool = True
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +157,11 @@ class TritonLinear(FusedLinear):
             and TiledNF4.accepts(weights)
             and is_standard(weights[0].table)
         )
+
+    @property
+    def operation(self) -> Operation:
+        """What its kernels are compiled for."""
+        return Operation(self._tiled.k, self._tiled.rows, self._tiled.double, self._bias is not None)
 
     def dequantize(self, part: int) -> Tensor:
         return self._tiled.unpack(part).dequantize(torch.float32)

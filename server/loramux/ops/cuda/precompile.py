@@ -11,6 +11,7 @@ kernel on standard output.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -32,22 +33,13 @@ from triton.runtime.jit import JITFunction
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import DENSE_ROWS, TritonLinear
+from loramux.ops.cuda.linear import DENSE_ROWS, Operation, TritonLinear
 from loramux.ops.cuda.sampling import greedy
 from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 
 META = torch.device("meta")
-
-
-class Operation(NamedTuple):
-    """An NF4 linear operation: its inputs, the outputs of its parts, whether absmax is quantized, and biases."""
-
-    inputs: int
-    outputs: tuple[int, ...]
-    double: bool = True
-    bias: bool = False
 
 
 class Heads(NamedTuple):
@@ -128,11 +120,12 @@ def precompile(
     processes: int,
     resources: bool = False,
     tell: Callable[[Compiled], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compiled]:
     """Compile what `wanted` steps of a model launch on a card of that compute capability (90), in so many processes.
 
-    With `resources` each line has them (a look at each binary; otherwise zeros). Raises RuntimeError with what a
-    process last said if one fails.
+    With `resources` each line has them (a look at each binary; otherwise zeros). After each kernel tell(kernel) and
+    progress(done, total) are called. Raises RuntimeError with what a process last said if one fails.
     """
     request = {"shapes": asdict(shapes), "steps": wanted, "capability": capability, "resources": resources}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -157,16 +150,27 @@ def precompile(
             process.stdin.write(json.dumps({**request, "share": [index, processes]}))
             process.stdin.close()
             running.append(process)
-        done = []
+        done: list[Compiled] = []
         for process in running:
             assert process.stdout is not None
             assert process.stderr is not None
             for line in process.stdout:
-                done.append(Compiled(**json.loads(line)))
+                values = json.loads(line)
+                total = values.pop("of")
+                done.append(Compiled(**values))
                 tell(done[-1])
+                progress(len(done), total)
             if process.wait() != 0:
                 raise RuntimeError(f"compiling kernels failed: {process.stderr.read().strip()[-2000:]}")
     return done
+
+
+def compiled_before(shapes: Shapes, wanted: Steps, capability: int) -> Path:
+    """A file beside Triton's cache that is there once all of this was compiled by this version of everything."""
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    words = sources, triton.__version__, asdict(shapes), wanted, capability
+    name = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+    return Path(triton.knobs.cache.dir) / f"loramux-{name}"
 
 
 class _Card:
@@ -186,32 +190,37 @@ class _Card:
 
 
 class _Launches:
-    """Compiles its share of the kernels that are launched, each once."""
+    """The kernels that are launched, each once, in the place of `JITFunction.run`: nothing runs."""
 
-    def __init__(self, share: int, shares: int, resources: bool) -> None:
-        self._share, self._shares, self._resources = share, shares, resources
-        self._met: set[object] = set()
-        self._run: Callable[..., Any] = JITFunction.run
+    def __init__(self) -> None:
         self.what = ""
+        self._compile: Callable[..., Any] = JITFunction.run
+        self._found: dict[object, tuple[str, JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = {}
 
-    def compile(self, kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> None:
+    def note(self, kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A launch."""
         key = kernel.__name__, *map(_argument, kernel.params, args), *sorted(kwargs.items())
-        if key in self._met:
-            return
-        self._met.add(key)
-        if len(self._met) % self._shares != self._share:
-            return
-        begin = time.monotonic()
-        made = self._run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        seconds = time.monotonic() - begin
-        ptx = made.asm["ptx"]
-        registers, spilled = _resources(made.asm["cubin"]) if self._resources else (0, 0)
-        copies = {name: ptx.count(f"cp.async.{name}.shared.global") for name in ("cg", "ca")}
-        line = Compiled(
-            kernel.__name__, self.what, round(seconds, 2), registers, spilled, made.metadata.shared,
-            made.metadata.num_warps, copies,
-        )  # fmt: skip
-        print(json.dumps(line._asdict()), flush=True)
+        self._found.setdefault(key, (self.what, kernel, args, kwargs))
+
+    def compile(self, share: int, shares: int, *, resources: bool) -> None:
+        """Print a line of JSON for each of this share."""
+        for what, kernel, args, kwargs in list(self._found.values())[share::shares]:
+            begin = time.monotonic()
+            made = self._compile(kernel, *args, grid=(1,), warmup=True, **kwargs)
+            seconds = time.monotonic() - begin
+            ptx = made.asm["ptx"]
+            registers, spilled = _resources(made.asm["cubin"]) if resources else (0, 0)
+            compiled = Compiled(
+                kernel.__name__,
+                what,
+                round(seconds, 2),
+                registers,
+                spilled,
+                made.metadata.shared,
+                made.metadata.num_warps,
+                {name: ptx.count(f"cp.async.{name}.shared.global") for name in ("cg", "ca")},
+            )
+            print(json.dumps({**compiled._asdict(), "of": len(self._found)}), flush=True)
 
 
 def _argument(parameter: Any, value: object) -> object:
@@ -319,14 +328,14 @@ def _linear(operation: Operation, *, invariant: bool) -> TritonLinear:
 def main(request: dict[str, Any]) -> None:
     """Compile this process's share."""
     triton.runtime.driver.set_active(_Card(request["capability"]))
-    share, shares = request["share"]
-    launches = _Launches(share, shares, request["resources"])
+    launches = _Launches()
 
     def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.compile(kernel, args, kwargs, grid)
+        launches.note(kernel, args, kwargs)
 
     JITFunction.run = run
     _launch_all(Shapes.from_json(request["shapes"]), Steps(*request["steps"]), launches)
+    launches.compile(*request["share"], resources=request["resources"])
 
 
 if __name__ == "__main__":
