@@ -37,13 +37,13 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXTS = (1024, 8192, 65536, 262144)
 RANKS = (16, 64)  # of adapters without extras, one a row
 MOST_RANK = 256  # of any
-# What the tensors between all graphs' launches may take of the device. The driver's own description of a launch,
-# some hundreds of bytes, comes on top.
+# What the tensors between all graphs' launches may take of the device. What the driver keeps of each launch comes on
+# top.
 MEMORY = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SegmentBounds:
     """The bounds of a static table of segments: see `CapturableBackend.reserve_segments`."""
 
     segments: int
@@ -52,7 +52,7 @@ class Room:
     extras: bool
 
     @classmethod
-    def of(cls, segments: Sequence[Segment]) -> Room:
+    def of(cls, segments: Sequence[Segment]) -> SegmentBounds:
         """What these segments, all of adapters, need."""
         adapters: list[AdapterWeights] = []
         for segment in segments:
@@ -65,7 +65,7 @@ class Room:
             any(adapter.extras for adapter in adapters),
         )
 
-    def holds(self, other: Room) -> bool:
+    def holds(self, other: SegmentBounds) -> bool:
         """Whether the other is no larger in anything."""
         return (
             other.segments <= self.segments
@@ -75,7 +75,7 @@ class Room:
         )
 
 
-NOTHING = Room(0, 0, 0, False)
+NO_ADAPTERS = SegmentBounds(0, 0, 0, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,12 @@ class Rung:
 
     rows     sequences, one row each
     context  tokens of the longest
-    adapters NOTHING: the base alone
+    adapters NO_ADAPTERS: the base alone
     """
 
     rows: int
     context: int
-    adapters: Room
+    adapters: SegmentBounds
 
     def holds(self, other: Rung) -> bool:
         """Whether a step that needs the other can run in this one's graph."""
@@ -100,22 +100,25 @@ def ladder(max_rows: int, max_context: int, max_mix: int) -> tuple[Rung, ...]:
     """The rungs for steps of at most `max_rows` sequences of at most `max_context` tokens, most wanted ones first.
 
     For each number of rows and each context four: the base; one adapter a row of a small and of a middle rank; and
-    whatever else, with every second row a mix of two, or one of `max_mix`. Steps with more of a mix find their room
-    where there are more rows. Of one kind the largest goes first, so that smaller ones fit into the memory that it
-    has left.
+    whatever else, with every second row a mix of two, or one of `max_mix`. Steps with more of a mix fit
+    where there are more rows. The most rows go first, so that the others find memory that these have left.
     """
     return tuple(
         rung
         for context in _steps(CONTEXTS, max_context)
-        for kind in zip(*(_kinds(rows, context, max_mix) for rows in reversed(_steps(ROWS, max_rows))), strict=True)
-        for rung in kind
+        for same in zip(*(_variants(rows, context, max_mix) for rows in reversed(_steps(ROWS, max_rows))), strict=True)
+        for rung in same
     )
 
 
-def _kinds(rows: int, context: int, max_mix: int) -> tuple[Rung, ...]:
+def _variants(rows: int, context: int, max_mix: int) -> tuple[Rung, ...]:
     most = max(2 * rows, max_mix)
-    rooms = [NOTHING, *(Room(rows, rows, rank, False) for rank in RANKS), Room(most, most, MOST_RANK, True)]
-    return tuple(Rung(rows, context, room) for room in rooms)
+    every = [
+        NO_ADAPTERS,
+        *(SegmentBounds(rows, rows, rank, False) for rank in RANKS),
+        SegmentBounds(most, most, MOST_RANK, True),
+    ]
+    return tuple(Rung(rows, context, bounds) for bounds in every)
 
 
 def _steps(steps: Sequence[int], most: int) -> tuple[int, ...]:
@@ -263,7 +266,7 @@ class DecodeGraphs:
         self._inputs = StaticInputs(self._most_rows, max(rung.context for rung in rungs), block_size, device)
         self._memory = memory
         self._logits: Tensor | None = None  # [rows, V], where every graph leaves its logits
-        self._tables: dict[Room, BoundSegments] = {}
+        self._tables: dict[SegmentBounds, BoundSegments] = {}
         self._graphs: dict[Rung, Callable[[], None]] = {}
         self.captures = 0
 
@@ -305,23 +308,23 @@ class DecodeGraphs:
         rows = inputs.context_lens.shape[0]
         if inputs.token_ids.shape[0] != rows or inputs.logits_rows.shape[0] != rows or rows > self._most_rows:
             return None
-        adapters = Room.of(inputs.segments) if inputs.segments else NOTHING
+        adapters = SegmentBounds.of(inputs.segments) if inputs.segments else NO_ADAPTERS
         needed = Rung(rows, int(inputs.context_lens.max()), adapters)
         rung = next((rung for rung in self._graphs if rung.holds(needed)), None)
         if rung is None:
             return None
         self._inputs.write(inputs, rung)
-        if rung.adapters != NOTHING:
+        if rung.adapters != NO_ADAPTERS:
             self._backend.rebind(inputs.segments, self._tables[rung.adapters])
         self._graphs[rung]()
         assert self._logits is not None
         return self._logits[:rows]
 
     def _capture(self, rung: Rung) -> None:
-        room = rung.adapters
-        if room != NOTHING and room not in self._tables:
-            self._tables[room] = self._backend.reserve_segments(
-                room.segments, room.covered, room.rank, extras=room.extras
+        bounds = rung.adapters
+        if bounds != NO_ADAPTERS and bounds not in self._tables:
+            self._tables[bounds] = self._backend.reserve_segments(
+                bounds.segments, bounds.covered, bounds.rank, extras=bounds.extras
             )
         self._inputs.clear(rung)
         with torch.inference_mode(), device_errors():
@@ -334,7 +337,7 @@ class DecodeGraphs:
         step, rows = self._step, rung.rows
         nothing = self._backend.bind(())
         ids, positions, step.batch = self._inputs.views(rung)
-        step.segments = nothing if rung.adapters == NOTHING else self._tables[rung.adapters]
+        step.segments = nothing if rung.adapters == NO_ADAPTERS else self._tables[rung.adapters]
         try:
             logits = self._shortcut.run(ids, positions, self._inputs.logits_rows[:rows])
         finally:
@@ -345,8 +348,8 @@ class DecodeGraphs:
 
 
 def _cost(rung: Rung) -> tuple[int, ...]:
-    room = rung.adapters
-    return rung.rows, room.rank, room.covered, rung.context
+    bounds = rung.adapters
+    return rung.rows, bounds.rank, bounds.covered, rung.context
 
 
 def _tell_left_out(rung: Rung, error: RuntimeError) -> None:
