@@ -25,7 +25,7 @@ from loramux.model.inputs import ModelInputs
 from loramux.model.shortcut import Shortcut
 from loramux.model.step import Step
 from loramux.ops.backend import BoundSegments
-from loramux.ops.device import device_errors
+from loramux.ops.device import device_errors, out_of_memory
 from loramux.ops.fused import CapturableBackend
 from loramux.ops.paged import PagedBatch
 from loramux.ops.segment import AdapterWeights, Segment
@@ -291,12 +291,11 @@ class DecodeGraphs:
                     break
                 try:
                     self._capture(rung)
-                except torch.OutOfMemoryError as error:
-                    if last:
-                        _tell_left_out(rung, error)
-                    failed.append(rung)
                 except RuntimeError as error:
-                    _tell_left_out(rung, error)
+                    if out_of_memory(error) and not last:
+                        failed.append(rung)
+                    else:
+                        log.warning("no CUDA graph for %s (%s); a larger one is used, or none, slower", rung, error)
                 done += not last
                 progress(done, total)
             left = failed
@@ -350,7 +349,3 @@ class DecodeGraphs:
 def _cost(rung: Rung) -> tuple[int, ...]:
     bounds = rung.adapters
     return rung.rows, bounds.rank, bounds.covered, rung.context
-
-
-def _tell_left_out(rung: Rung, error: RuntimeError) -> None:
-    log.warning("no CUDA graph for %s (%s); such steps run in a larger one, or launch by launch, slower", rung, error)
