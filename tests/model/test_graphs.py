@@ -252,7 +252,7 @@ def test_of_a_table_of_blocks_only_those_of_the_rung_are_copied(monkeypatch: pyt
 def test_recording_stops_when_the_memory_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene(memory=5, cost=2)
     assert scene.recorder.recorded == scene.graphs.count == 3
-    assert "3 of 16 are recorded" in caplog.text
+    assert "3 of 16 CUDA graphs have taken the others' memory" in caplog.text
     assert [scene.ran([3] * size) for size in (8, 3, 1)] == [Rung(rows, 32, NO_ADAPTERS) for rows in (8, 4, 2)]
     assert scene.ran([3], (0, 1, make_adapter(SITES, 3, 0))) is None, "no larger one takes adapters"
 

@@ -280,25 +280,18 @@ class DecodeGraphs:
         (compiling, loading). What cannot be recorded is told and left out; where memory was short, it is tried again
         at the end.
         """
-        total, done = len(self._rungs), 0
-        left: Sequence[Rung] = self._rungs
-        for last in (False, True):
-            failed: list[Rung] = []
-            for rung in left:
-                if self._recorder.held_bytes() >= self._memory:
-                    log.warning("CUDA graphs have taken their memory: %d of %d are recorded", self.count, total)
-                    left = failed = []
-                    break
-                try:
-                    self._capture(rung)
-                except RuntimeError as error:
-                    if out_of_memory(error) and not last:
-                        failed.append(rung)
-                    else:
-                        log.warning("no CUDA graph for %s (%s); a larger one is used, or none, slower", rung, error)
-                done += not last
-                progress(done, total)
-            left = failed
+        total, failed = len(self._rungs), dict[Rung, RuntimeError]()
+        for done, rung in enumerate(self._rungs, 1):
+            self._capture(rung, failed)
+            progress(done, total)
+        for rung in [rung for rung, error in failed.items() if out_of_memory(error)]:
+            self._capture(rung, failed)
+        slower = "their steps run in larger ones, or launch by launch, slower"
+        for rung, error in failed.items():
+            log.warning("no CUDA graph for %d of %d, %s first (%s): %s", len(failed), total, rung, error, slower)
+            break
+        if self.count + len(failed) < total:
+            log.warning("%d of %d CUDA graphs have taken the others' memory: %s", self.count, total, slower)
         # From the cheapest up, so that the first that holds a step is the one to run it in.
         self._graphs = dict(sorted(self._graphs.items(), key=lambda item: _cost(item[0])))
 
@@ -319,17 +312,26 @@ class DecodeGraphs:
         assert self._logits is not None
         return self._logits[:rows]
 
-    def _capture(self, rung: Rung) -> None:
+    def _capture(self, rung: Rung, failed: dict[Rung, RuntimeError]) -> None:
+        """Record one, or say in `failed` why not; nothing if there is no memory left for it."""
+        if self._recorder.held_bytes() >= self._memory:
+            return
         bounds = rung.adapters
-        if bounds != NO_ADAPTERS and bounds not in self._tables:
-            self._tables[bounds] = self._backend.reserve_segments(
-                bounds.segments, bounds.covered, bounds.rank, extras=bounds.extras
-            )
-        self._inputs.clear(rung)
-        with torch.inference_mode(), device_errors():
-            self._launch(rung)
-            self._graphs[rung] = self._recorder.record(lambda: self._launch(rung))
-        self.captures += 1
+        try:
+            with device_errors():
+                if bounds != NO_ADAPTERS and bounds not in self._tables:
+                    self._tables[bounds] = self._backend.reserve_segments(
+                        bounds.segments, bounds.covered, bounds.rank, extras=bounds.extras
+                    )
+                self._inputs.clear(rung)
+                with torch.inference_mode():
+                    self._launch(rung)
+                    self._graphs[rung] = self._recorder.record(lambda: self._launch(rung))
+        except RuntimeError as error:
+            failed[rung] = error
+        else:
+            self.captures += 1
+            failed.pop(rung, None)
 
     def _launch(self, rung: Rung) -> None:
         """All launches of a step, over the static inputs; nothing here may look at what they hold."""
