@@ -1,8 +1,8 @@
 """The command line: serve, demo, generate, adapters, merge, quantize. Turns words into calls and errors into sentences.
 
 Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
-does not take. `serve` has one more, 70: a device that only a new process can use again. Heavy imports (torch) happen inside the commands that need them, so that `--help` is quick, and so that
-generate and adapters work where only the client is installed.
+does not take; `serve` with 70, too, when its device is lost. Heavy imports (torch) happen inside the commands that need
+them, so that `--help` is quick, and so that generate and adapters work where only the client is installed.
 """
 
 from __future__ import annotations

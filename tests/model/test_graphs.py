@@ -12,7 +12,7 @@ import torch
 from loramux.errors import DeviceLost
 from loramux.model import graphs
 from loramux.model.causal_lm import CausalLM, flat_inputs
-from loramux.model.graphs import NOTHING, DecodeGraphs, Room, Rung, ladder, pool_bytes
+from loramux.model.graphs import NO_ADAPTERS, DecodeGraphs, Rung, SegmentBounds, ladder, pool_bytes
 from loramux.model.loading import load_model
 from loramux.model.step import Step
 from loramux.ops.backend import BoundSegments
@@ -161,22 +161,22 @@ def test_all_is_recorded_at_start_each_after_an_eager_pass() -> None:
     assert scene.first == [rung.rows for rung in scene.rungs for _ in range(2)]
     assert scene.told == [(i + 1, 8) for i in range(8)]
     for contexts in ([3, 9], [4, 10], [5, 11]):
-        assert scene.ran(contexts) == Rung(2, 32, NOTHING)
+        assert scene.ran(contexts) == Rung(2, 32, NO_ADAPTERS)
     assert scene.recorder.recorded == 8
 
 
 def test_the_ladder_is_short_and_its_largest_come_first() -> None:
     rungs = ladder(64, 131072, 8)
     assert len(rungs) == len(set(rungs)) == 9 * 4 * 4
-    assert [r for r in rungs if r.adapters == NOTHING][:9] == [
-        Rung(rows, 1024, NOTHING) for rows in (64, 48, 32, 24, 16, 8, 4, 2, 1)
+    assert [r for r in rungs if r.adapters == NO_ADAPTERS][:9] == [
+        Rung(rows, 1024, NO_ADAPTERS) for rows in (64, 48, 32, 24, 16, 8, 4, 2, 1)
     ]
     assert {r.context for r in rungs} == {1024, 8192, 65536, 131072}
     assert {r.adapters for r in rungs if r.rows == 48} == {
-        NOTHING,
-        Room(48, 48, 16, False),
-        Room(48, 48, 64, False),
-        Room(96, 96, 256, True),
+        NO_ADAPTERS,
+        SegmentBounds(48, 48, 16, False),
+        SegmentBounds(48, 48, 64, False),
+        SegmentBounds(96, 96, 256, True),
     }
     assert max(r.rows for r in ladder(300, 32, 1)) == 256
     assert {r.context for r in ladder(1, 500_000, 1)} == {1024, 8192, 65536, 262144}
@@ -185,7 +185,7 @@ def test_the_ladder_is_short_and_its_largest_come_first() -> None:
 def test_the_next_size_is_taken_and_padded() -> None:
     scene = Scene(max_rows=12)
     for size, rows in ((3, 4), (5, 8), (8, 8), (9, 12), (12, 12), (1, 1)):
-        assert scene.ran([3] * size) == Rung(rows, 32, NOTHING)
+        assert scene.ran([3] * size) == Rung(rows, 32, NO_ADAPTERS)
     rest = scene.graphs._logits
     assert rest is not None
     scene.decode([3] * 8)
@@ -211,17 +211,19 @@ def test_adapters_take_a_rung_of_their_own_and_share_it() -> None:
     scene = Scene()
     small, middle, large = (make_adapter(SITES, rank, rank) for rank in (3, 17, 65))
     odd = make_adapter(SITES, 3, 2, bias=True)
-    plain, any_of_4 = Rung(4, 32, Room(4, 4, 16, False)), Rung(4, 32, Room(8, 8, 256, True))
+    plain, any_of_4 = Rung(4, 32, SegmentBounds(4, 4, 16, False)), Rung(4, 32, SegmentBounds(8, 8, 256, True))
     three = [3, 4, 5]
-    assert scene.ran(three) == Rung(4, 32, NOTHING)
+    assert scene.ran(three) == Rung(4, 32, NO_ADAPTERS)
     assert scene.ran(three, (0, 2, small)) == plain
     assert scene.ran(three, (0, 1, small), (1, 2, small), (2, 3, small)) == plain
-    assert scene.ran(three, (0, 1, small), (2, 3, middle)) == Rung(4, 32, Room(4, 4, 64, False))
+    assert scene.ran(three, (0, 1, small), (2, 3, middle)) == Rung(4, 32, SegmentBounds(4, 4, 64, False))
     assert scene.ran(three, (0, 1, large)) == any_of_4
     assert scene.ran(three, (0, 1, odd)) == any_of_4
     assert scene.ran(three, (0, 3, small), (0, 3, small)) == any_of_4, "a mix of two in every row"
-    assert scene.ran(three, *[(0, 3, small)] * 4) == Rung(8, 32, Room(16, 16, 256, True)), "more room, more rows"
-    assert scene.ran([3], (0, 1, make_adapter(SITES, 9, 5))) == Rung(1, 32, Room(1, 1, 16, False))
+    assert scene.ran(three, *[(0, 3, small)] * 4) == Rung(8, 32, SegmentBounds(16, 16, 256, True)), (
+        "more segments, more rows"
+    )
+    assert scene.ran([3], (0, 1, make_adapter(SITES, 9, 5))) == Rung(1, 32, SegmentBounds(1, 1, 16, False))
 
 
 def test_of_a_table_of_blocks_only_those_of_the_rung_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +240,9 @@ def test_of_a_table_of_blocks_only_those_of_the_rung_are_copied(monkeypatch: pyt
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
     for contexts, rung in (
-        ([3, 8], Rung(2, 8, NOTHING)),
-        ([3, 9, 5], Rung(4, 64, NOTHING)),
-        ([7], Rung(1, 8, NOTHING)),
+        ([3, 8], Rung(2, 8, NO_ADAPTERS)),
+        ([3, 9, 5], Rung(4, 64, NO_ADAPTERS)),
+        ([7], Rung(1, 8, NO_ADAPTERS)),
     ):
         assert scene.ran(contexts) == rung
         assert copied.pop() == rung.rows * (7 + rung.context // BLOCK)
@@ -250,17 +252,17 @@ def test_of_a_table_of_blocks_only_those_of_the_rung_are_copied(monkeypatch: pyt
 def test_recording_stops_when_the_memory_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene(memory=5, cost=2)
     assert scene.recorder.recorded == scene.graphs.count == 3
-    assert "3 of 16 are recorded" in caplog.text
-    assert [scene.ran([3] * size) for size in (8, 3, 1)] == [Rung(rows, 32, NOTHING) for rows in (8, 4, 2)]
-    assert scene.ran([3], (0, 1, make_adapter(SITES, 3, 0))) is None, "no larger one has room"
+    assert "3 of 16 CUDA graphs have taken the others' memory" in caplog.text
+    assert [scene.ran([3] * size) for size in (8, 3, 1)] == [Rung(rows, 32, NO_ADAPTERS) for rows in (8, 4, 2)]
+    assert scene.ran([3], (0, 1, make_adapter(SITES, 3, 0))) is None, "no larger one takes adapters"
 
 
 def test_what_is_not_recorded_runs_in_a_larger_one(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene(faults=[None, RuntimeError("seeded")])
     assert "seeded" in caplog.text
     assert scene.graphs.count == 15
-    assert scene.ran([3] * 3) == Rung(4, 32, Room(4, 4, 16, False)), "an empty table is the base"
-    assert scene.ran([3] * 5) == Rung(8, 32, NOTHING)
+    assert scene.ran([3] * 3) == Rung(4, 32, SegmentBounds(4, 4, 16, False)), "an empty table is the base"
+    assert scene.ran([3] * 5) == Rung(8, 32, NO_ADAPTERS)
 
 
 def test_memory_that_was_short_for_a_moment_is_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ from loramux.model.inputs import ModelInputs
 from loramux.model.shortcut import Shortcut
 from loramux.model.step import Step
 from loramux.ops.backend import BoundSegments
-from loramux.ops.device import device_errors
+from loramux.ops.device import device_errors, out_of_memory
 from loramux.ops.fused import CapturableBackend
 from loramux.ops.paged import PagedBatch
 from loramux.ops.segment import AdapterWeights, Segment
@@ -37,13 +37,13 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXTS = (1024, 8192, 65536, 262144)
 RANKS = (16, 64)  # of adapters without extras, one a row
 MOST_RANK = 256  # of any
-# What the tensors between all graphs' launches may take of the device. The driver's own description of a launch,
-# some hundreds of bytes, comes on top.
+# What the tensors between all graphs' launches may take of the device. What the driver keeps of each launch comes on
+# top.
 MEMORY = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SegmentBounds:
     """The bounds of a static table of segments: see `CapturableBackend.reserve_segments`."""
 
     segments: int
@@ -52,7 +52,7 @@ class Room:
     extras: bool
 
     @classmethod
-    def of(cls, segments: Sequence[Segment]) -> Room:
+    def of(cls, segments: Sequence[Segment]) -> SegmentBounds:
         """What these segments, all of adapters, need."""
         adapters: list[AdapterWeights] = []
         for segment in segments:
@@ -65,7 +65,7 @@ class Room:
             any(adapter.extras for adapter in adapters),
         )
 
-    def holds(self, other: Room) -> bool:
+    def holds(self, other: SegmentBounds) -> bool:
         """Whether the other is no larger in anything."""
         return (
             other.segments <= self.segments
@@ -75,7 +75,7 @@ class Room:
         )
 
 
-NOTHING = Room(0, 0, 0, False)
+NO_ADAPTERS = SegmentBounds(0, 0, 0, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,12 @@ class Rung:
 
     rows     sequences, one row each
     context  tokens of the longest
-    adapters NOTHING: the base alone
+    adapters NO_ADAPTERS: the base alone
     """
 
     rows: int
     context: int
-    adapters: Room
+    adapters: SegmentBounds
 
     def holds(self, other: Rung) -> bool:
         """Whether a step that needs the other can run in this one's graph."""
@@ -100,22 +100,25 @@ def ladder(max_rows: int, max_context: int, max_mix: int) -> tuple[Rung, ...]:
     """The rungs for steps of at most `max_rows` sequences of at most `max_context` tokens, most wanted ones first.
 
     For each number of rows and each context four: the base; one adapter a row of a small and of a middle rank; and
-    whatever else, with every second row a mix of two, or one of `max_mix`. Steps with more of a mix find their room
-    where there are more rows. Of one kind the largest goes first, so that smaller ones fit into the memory that it
-    has left.
+    whatever else, with every second row a mix of two, or one of `max_mix`. Steps with more of a mix fit
+    where there are more rows. The most rows go first, so that the others find memory that these have left.
     """
     return tuple(
         rung
         for context in _steps(CONTEXTS, max_context)
-        for kind in zip(*(_kinds(rows, context, max_mix) for rows in reversed(_steps(ROWS, max_rows))), strict=True)
-        for rung in kind
+        for same in zip(*(_variants(rows, context, max_mix) for rows in reversed(_steps(ROWS, max_rows))), strict=True)
+        for rung in same
     )
 
 
-def _kinds(rows: int, context: int, max_mix: int) -> tuple[Rung, ...]:
+def _variants(rows: int, context: int, max_mix: int) -> tuple[Rung, ...]:
     most = max(2 * rows, max_mix)
-    rooms = [NOTHING, *(Room(rows, rows, rank, False) for rank in RANKS), Room(most, most, MOST_RANK, True)]
-    return tuple(Rung(rows, context, room) for room in rooms)
+    every = [
+        NO_ADAPTERS,
+        *(SegmentBounds(rows, rows, rank, False) for rank in RANKS),
+        SegmentBounds(most, most, MOST_RANK, True),
+    ]
+    return tuple(Rung(rows, context, bounds) for bounds in every)
 
 
 def _steps(steps: Sequence[int], most: int) -> tuple[int, ...]:
@@ -263,7 +266,7 @@ class DecodeGraphs:
         self._inputs = StaticInputs(self._most_rows, max(rung.context for rung in rungs), block_size, device)
         self._memory = memory
         self._logits: Tensor | None = None  # [rows, V], where every graph leaves its logits
-        self._tables: dict[Room, BoundSegments] = {}
+        self._tables: dict[SegmentBounds, BoundSegments] = {}
         self._graphs: dict[Rung, Callable[[], None]] = {}
         self.captures = 0
 
@@ -277,26 +280,18 @@ class DecodeGraphs:
         (compiling, loading). What cannot be recorded is told and left out; where memory was short, it is tried again
         at the end.
         """
-        total, done = len(self._rungs), 0
-        left: Sequence[Rung] = self._rungs
-        for last in (False, True):
-            failed: list[Rung] = []
-            for rung in left:
-                if self._recorder.held_bytes() >= self._memory:
-                    log.warning("CUDA graphs have taken their memory: %d of %d are recorded", self.count, total)
-                    left = failed = []
-                    break
-                try:
-                    self._capture(rung)
-                except torch.OutOfMemoryError as error:
-                    if last:
-                        _tell_left_out(rung, error)
-                    failed.append(rung)
-                except RuntimeError as error:
-                    _tell_left_out(rung, error)
-                done += not last
-                progress(done, total)
-            left = failed
+        total, failed = len(self._rungs), dict[Rung, RuntimeError]()
+        for done, rung in enumerate(self._rungs, 1):
+            self._capture(rung, failed)
+            progress(done, total)
+        for rung in [rung for rung, error in failed.items() if out_of_memory(error)]:
+            self._capture(rung, failed)
+        slower = "their steps run in larger ones, or launch by launch, slower"
+        for rung, error in failed.items():
+            log.warning("no CUDA graph for %d of %d, %s first (%s): %s", len(failed), total, rung, error, slower)
+            break
+        if self.count + len(failed) < total:
+            log.warning("%d of %d CUDA graphs have taken the others' memory: %s", self.count, total, slower)
         # From the cheapest up, so that the first that holds a step is the one to run it in.
         self._graphs = dict(sorted(self._graphs.items(), key=lambda item: _cost(item[0])))
 
@@ -305,36 +300,45 @@ class DecodeGraphs:
         rows = inputs.context_lens.shape[0]
         if inputs.token_ids.shape[0] != rows or inputs.logits_rows.shape[0] != rows or rows > self._most_rows:
             return None
-        adapters = Room.of(inputs.segments) if inputs.segments else NOTHING
+        adapters = SegmentBounds.of(inputs.segments) if inputs.segments else NO_ADAPTERS
         needed = Rung(rows, int(inputs.context_lens.max()), adapters)
         rung = next((rung for rung in self._graphs if rung.holds(needed)), None)
         if rung is None:
             return None
         self._inputs.write(inputs, rung)
-        if rung.adapters != NOTHING:
+        if rung.adapters != NO_ADAPTERS:
             self._backend.rebind(inputs.segments, self._tables[rung.adapters])
         self._graphs[rung]()
         assert self._logits is not None
         return self._logits[:rows]
 
-    def _capture(self, rung: Rung) -> None:
-        room = rung.adapters
-        if room != NOTHING and room not in self._tables:
-            self._tables[room] = self._backend.reserve_segments(
-                room.segments, room.covered, room.rank, extras=room.extras
-            )
-        self._inputs.clear(rung)
-        with torch.inference_mode(), device_errors():
-            self._launch(rung)
-            self._graphs[rung] = self._recorder.record(lambda: self._launch(rung))
-        self.captures += 1
+    def _capture(self, rung: Rung, failed: dict[Rung, RuntimeError]) -> None:
+        """Record one, or say in `failed` why not; nothing if there is no memory left for it."""
+        if self._recorder.held_bytes() >= self._memory:
+            return
+        bounds = rung.adapters
+        try:
+            with device_errors():
+                if bounds != NO_ADAPTERS and bounds not in self._tables:
+                    self._tables[bounds] = self._backend.reserve_segments(
+                        bounds.segments, bounds.covered, bounds.rank, extras=bounds.extras
+                    )
+                self._inputs.clear(rung)
+                with torch.inference_mode():
+                    self._launch(rung)
+                    self._graphs[rung] = self._recorder.record(lambda: self._launch(rung))
+        except RuntimeError as error:
+            failed[rung] = error
+        else:
+            self.captures += 1
+            failed.pop(rung, None)
 
     def _launch(self, rung: Rung) -> None:
         """All launches of a step, over the static inputs; nothing here may look at what they hold."""
         step, rows = self._step, rung.rows
         nothing = self._backend.bind(())
         ids, positions, step.batch = self._inputs.views(rung)
-        step.segments = nothing if rung.adapters == NOTHING else self._tables[rung.adapters]
+        step.segments = nothing if rung.adapters == NO_ADAPTERS else self._tables[rung.adapters]
         try:
             logits = self._shortcut.run(ids, positions, self._inputs.logits_rows[:rows])
         finally:
@@ -345,9 +349,5 @@ class DecodeGraphs:
 
 
 def _cost(rung: Rung) -> tuple[int, ...]:
-    room = rung.adapters
-    return rung.rows, room.rank, room.covered, rung.context
-
-
-def _tell_left_out(rung: Rung, error: RuntimeError) -> None:
-    log.warning("no CUDA graph for %s (%s); such steps run in a larger one, or launch by launch, slower", rung, error)
+    bounds = rung.adapters
+    return rung.rows, bounds.rank, bounds.covered, rung.context

@@ -42,10 +42,10 @@ def warm_up(
     rows = row_counts(max_tokens)
     backend.precompile(rows, RANKS, compiling)
     passes = list(_passes(backend, rows, max_rows))
-    choose = select_greedy(model.device)
     with device_errors():
         for done, (starts, bind) in enumerate(passes, 1):
-            choose(model.run_eagerly(_padding(starts), bind()))
+            logits = model.run_eagerly(_padding(starts), bind())
+            select_greedy(logits.device)(logits)  # by the device that the sampler will ask with
             progress(done, len(passes))
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)

@@ -12,6 +12,7 @@ from loramux.ops.backend import Backend
 log = logging.getLogger(__name__)
 
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16)  # what the Triton kernels compute in
 # What Triton's matrix products of bfloat16 need.
 _LEAST_CAPABILITY = (8, 0)
 # The cards that `make gpu-check` has passed on, by their compute capability: docs/gpu.md.
@@ -61,7 +62,7 @@ def select_backend(
 
 def takes_kernels(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether the Triton kernels run on a GPU of that compute capability, in that dtype."""
-    return capability >= _LEAST_CAPABILITY and dtype in (torch.bfloat16, torch.float16)
+    return capability >= _LEAST_CAPABILITY and dtype in TRITON_DTYPES
 
 
 def what_a_card_gets(name: str, capability: tuple[int, int], dtype: torch.dtype, missing: str = "") -> str:
