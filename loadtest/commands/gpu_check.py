@@ -23,6 +23,7 @@ from loadtest.gpu.report import Job, OutOfTime, Report, cell, read, render, upda
 from loadtest.gpu.scale import DRY, FULL
 
 DOCUMENT = ROOT / "docs" / "gpu.md"
+LEAST = 2.0  # seconds in which a part can do anything
 
 
 class NoDevice(Exception):
@@ -75,8 +76,9 @@ def gpu_check(
         for title, arguments in commands(name):
             limit = min(PARTS[name].seconds * (3 if dry_run else 1), end - time.monotonic())
             report = Report(rows, run, PARTS[name].table)
-            if limit < 2:
+            if limit < LEAST:
                 report.problem(f"{title}: no time was left")
+                err.print(f"{title}: no time was left", style="red")
                 passed = False
                 continue
             err.print(f"{title}: at most {limit:.0f} s …")

@@ -108,9 +108,7 @@ def compile_kernels(job: Job) -> None:
             seconds = sum(line.seconds for line in of)
             job.report.row({"kernel": kernel, "variants": len(of), "seconds in all": seconds, **most})
         seconds = time.monotonic() - begin
-        job.report.note(
-            f"{seconds:.0f} s on the clock. Registers and bytes spilled of a thread, bytes of shared memory."
-        )
+        job.report.note(f"{seconds:.0f} s on the clock. Registers, bytes spilled, bytes of shared memory.")
 
 
 def precompile(job: Job, tell: Callable[[Any], None]) -> None:

@@ -39,7 +39,7 @@ def watch_replays() -> None:
         stop.record()
         _replays.append((start, stop))
 
-    torch.cuda.CUDAGraph.replay = timed  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.replay = timed  # type: ignore[method-assign, assignment]
 
 
 def took(call: Callable[[], object], device: torch.device, *, warmups: int, repeats: int, seconds: float = 2.0) -> Took:

@@ -15,31 +15,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".wheels"
 MOST = 60 << 20  # bytes, of the tree and the wheels
 # What images with torch and transformers lack, and what they have in versions that nobody knows, if it is small.
-PACKAGES = [
-    "bitsandbytes",
-    "gguf",
-    "pydantic",
-    "pydantic-core",
-    "annotated-types",
-    "typing-inspection",
-    "typing-extensions",
-    "grpcio",
-    "protobuf",
-    "grpcio-health-checking",
-    "grpcio-reflection",
-    "grpcio-status",
-    "googleapis-common-protos",
-    "prometheus-client",
-    "typer",
-    "rich",
-    "peft",
-    "pytest",
-    "pluggy",
-    "iniconfig",
-    "pytest-asyncio",
-    "pytest-timeout",
-    "hypothesis",
-]
+PACKAGES = """bitsandbytes gguf pydantic pydantic-core annotated-types typing-inspection typing-extensions grpcio
+    protobuf grpcio-health-checking grpcio-reflection grpcio-status googleapis-common-protos prometheus-client typer rich peft
+    pytest pluggy iniconfig pytest-asyncio pytest-timeout hypothesis"""
 KEPT = "cuda130"  # of bitsandbytes' libraries: each CUDA release has one of its own
 
 
@@ -49,7 +27,7 @@ def download() -> None:
     platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_24", "_2_17", "2014")]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(FOLDER)]
     command += ["--python-version=3.12", "--implementation=cp", *platforms]
-    subprocess.run([*command, *(f"{name}=={pins[name]}" for name in PACKAGES)], check=True)
+    subprocess.run([*command, *(f"{name}=={pins[name]}" for name in PACKAGES.split())], check=True)
 
 
 def cut(wheel: Path) -> None:
