@@ -11,7 +11,7 @@ INSTALL_TORCH = $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_IND
 GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist gemma bench bench-adapters soak gpu-check stubs clean
+.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist gemma bench bench-adapters soak gpu-check gpu-wheels stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,8 +60,11 @@ soak: $(VENV)/.demo ## 10,000 adapter loads and unloads under traffic; then once
 	$(BIN)/python -m loadtest soak --serve
 	! $(BIN)/python -m loadtest soak --serve --seed-leak --cycles 2000
 
-gpu-check: ## Check and measure the GPU path with the Python that is there, and write docs/gpu.md; GPU_CHECK="--only steps"
+gpu-check: ## Check and measure the GPU path with the Python that is there (docs/gpu.md); GPU_CHECK="--parts steps,gemm"
 	PYTHONPATH="$(CURDIR)/server:$(CURDIR):$$PYTHONPATH" $(PYTHON) -m loadtest gpu-check $(GPU_CHECK)
+
+gpu-wheels: $(VENV)/.test ## Fill .wheels with what a GPU machine without a network may lack, for Python 3.12 (docs/gpu.md)
+	$(BIN)/python -m loadtest.gpu.wheels
 
 stubs: $(VENV)/.test ## Regenerate server/loramux/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=server --grpc_python_out=server --pyi_out=server proto/loramux/v1/*.proto

@@ -14,8 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loadtest.cells import Cell
-from loadtest.gpu import document
-from loadtest.gpu.report import Findings
 from loadtest.report import latency_table, rounded, throughput_table
 from loadtest.trend import MIB, sparkline
 
@@ -212,15 +210,3 @@ def show_kernels(lines: Sequence[Mapping[str, Any]]) -> None:
                 line["bench"], f"{line['value']:,.1f}", f"{line['gb_per_s']:.1f}", f"{line['gflop_per_s']:,.0f}", *shown
             )
     err.print(table)
-
-
-def show_findings(title: str, found: Findings) -> None:
-    """Show what one part of the GPU check found: its table, its notes and what went wrong."""
-    err.print(title, style="bold")
-    for line in document.table(found.rows):
-        # As it will stand in the file: a table of so many columns has no room in a terminal's width.
-        err.print(line, soft_wrap=True)
-    for note in found.notes:
-        err.print(note, style="dim", soft_wrap=True)
-    for problem in found.problems:
-        err.print(f"✗ {problem}", style="red", soft_wrap=True)

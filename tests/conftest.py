@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 # Whether triton interprets is decided when something, anything, imports it first.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    # There each example compiles kernels, and shrinking one that fails would compile dozens.
+    settings.register_profile(
+        "device", derandomize=True, deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
+    )
+    settings.load_profile("device")
 
 # Threads that wait for each other hardly move where other programs keep all cores busy; servers that tests start, too.
 os.environ.setdefault("LORAMUX_THREADS", "1")

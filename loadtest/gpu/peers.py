@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from loadtest.gpu.job import Job
-from loadtest.gpu.report import Row
-from loadtest.gpu.shape import Decoder
+from loadtest.gpu.report import Job, Row
+from loadtest.gpu.scale import Decoder
 from loadtest.gpu.timing import took
 from loadtest.peers.peft_peer import WEIGHTS, Weights, to_nf4
 
@@ -34,7 +33,7 @@ def peers(job: Job) -> None:
         models = job.attempt(f"building, {TITLES[weights]}", partial(build, job, weights))
         if models is None:
             continue
-        rows_of: dict[int, Row] = {rows: {"what": TITLES[weights], "rows": rows} for rows in job.scale.step_rows}
+        rows_of: dict[int, Row] = {rows: {"what": TITLES[weights], "rows": rows} for rows in job.scale.all_rows}
         try:
             for rows, row in rows_of.items():
                 row["base"] = job.attempt(f"{TITLES[weights]}, {rows} rows, base", partial(models.step, rows, 0))

@@ -1,22 +1,25 @@
-"""A base model of any size with random NF4 weights, made where it computes: in seconds, without a file."""
+"""A base model of any size with random NF4 weights, and adapters, made on the device: in seconds, without a file."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
+from loramux.lora.layout import Factors, Offsets, lay_out
 from loramux.model.causal_lm import CausalLM
 from loramux.model.loading import load_model
 from loramux.model.sources import TensorSource
 from loramux.ops.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight
+from loramux.ops.segment import AdapterWeights, LoraWeights
+from loramux.ops.site import Site
 from torch import Tensor
 from transformers import AutoConfig
 
-from loadtest.gpu.shape import Decoder
+from loadtest.gpu.scale import Decoder
 from loadtest.shapes import linear_shapes
+
+STRENGTH = 0.1  # how large a branch is beside its input
 
 
 class RandomNF4:
@@ -96,15 +99,33 @@ class RandomSource(TensorSource):
         return [name for name in self._companions if name.startswith(key + ".")]
 
 
-class NoSuchMode(Exception):
-    """This build of the server has no batch-invariant mode."""
+class RandomAdapters:
+    """Adapters of `ranks` in turn on a model's device: places in one random buffer, of which none overlap."""
+
+    def __init__(self, model: CausalLM, ranks: Sequence[int], count: int) -> None:
+        size = model.dtype.itemsize
+        layouts = {rank: lay_out([Factors(site, rank) for site in model.sites], size) for rank in set(ranks)}
+        offsets = {
+            rank: torch.tensor([(at.a, at.b, -1, -1) for at in layout.offsets.values()])
+            for rank, layout in layouts.items()
+        }
+        chosen = [ranks[i % len(ranks)] for i in range(count)]
+        buffer = torch.empty(sum(layouts[r].elements for r in chosen), dtype=model.dtype, device=model.device)
+        self.adapters: list[AdapterWeights] = []
+        for rank, part in zip(chosen, buffer.split([layouts[r].elements for r in chosen]), strict=True):
+            # Of independent factors this large: a branch of about STRENGTH times its input.
+            part.normal_(std=(STRENGTH**2 / (rank * model.sites[0].in_features)) ** 0.25)
+            views = {site.index: _views(part, layouts[rank].offsets[site.index], rank, site) for site in model.sites}
+            ranks_of = torch.full((len(model.sites),), rank, dtype=torch.int32)
+            self.adapters.append(AdapterWeights(part, offsets[rank], ranks_of, views))
+
+
+def _views(buffer: Tensor, at: Offsets, rank: int, site: Site) -> LoraWeights:
+    rows, columns = site.out_features, site.in_features
+    a, b = buffer[at.a : at.a + rank * columns], buffer[at.b : at.b + rows * rank]
+    return LoraWeights(a.view(rank, columns), b.view(rows, rank))
 
 
 def load_random(decoder: Decoder, device: torch.device, *, invariant: bool = False) -> CausalLM:
-    """A served model of this shape, through the server's own loading. Raises NoSuchMode."""
-    options: dict[str, Any] = {}
-    if invariant:
-        if "batch_invariant" not in inspect.signature(load_model).parameters:
-            raise NoSuchMode("this build of loramux has no batch-invariant mode")
-        options["batch_invariant"] = True
-    return load_model(RandomSource(decoder, device), device=device.type, **options).model
+    """A served model of this shape, through the server's own loading."""
+    return load_model(RandomSource(decoder, device), device=device.type, batch_invariant=invariant).model

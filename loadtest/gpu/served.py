@@ -3,107 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
+import json
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from loramux.client import AsyncClient
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loadtest.adapters import write_adapters
 from loadtest.bench import BenchSpec, bench
 from loadtest.commands.options import connect
-from loadtest.gpu.job import Job
-from loadtest.gpu.report import Row
-from loadtest.gpu.small_model import write_model
+from loadtest.gpu.report import Job, Row
+from loadtest.gpu.scale import Decoder
 from loadtest.server_process import ServerAddress, serve
-from loadtest.shapes import linear_shapes, read_config
+from loadtest.shapes import linear_shapes
 from loadtest.workload import WorkloadSpec, plan
 
-FLAG = "--batch-invariant"
+FLAG = "--batch-invariant"  # promises equal answers
 QUESTIONS = 16
-START_TIMEOUT = 120.0
+END = 256  # a token a byte; then the end; then fillers, so that the vocabulary has the size of a real one
 
 
 def served(job: Job) -> None:
-    """A random model of a small real shape."""
+    """A random model of a small real shape, with the flag and without it."""
     with tempfile.TemporaryDirectory(prefix="loramux-gpu-check-") as scratch:
-        folder = Path(scratch)
-        model = job.attempt(
-            "writing a model", partial(write_model, job.scale.served, folder / "model", job.scale.device)
-        )
-        if model is not None:
-            both_modes(job, job.scale.served.name, str(model), job.scale.served.config(), folder)
+        folder, root, decoder = Path(scratch), Path(scratch) / "adapters", job.scale.served
+        job.report.at("writing a model and adapters")
+        write_model(decoder, folder / "model", job.scale.device)
+        shapes, ranks = linear_shapes(decoder.config()), job.scale.mixed_ranks
+        names = [path.name for path in write_adapters(root, shapes, count=job.scale.served_adapters, ranks=ranks)]
+        arguments = ["--model", str(folder / "model"), "--device", job.scale.device, "--adapter-dir", str(root)]
+        arguments += ["--max-context", "1024", "--adapter-memory", "4GiB", "--log-level", "warning"]
+        for flags in ([FLAG],) if job.scale.device == "cpu" else ([], [FLAG]):
+            with job.report.filling(served=" ".join([decoder.name, *flags])) as row:
+                job.attempt("a server", partial(one_server, job, row, [*arguments, *flags], names, folder))
 
 
-def smollm2(job: Job) -> None:
-    """The embedded model, where an earlier start has fetched it: this machine may have no network."""
-    root = Path(os.environ.get("LORAMUX_CACHE") or Path.home() / ".cache" / "loramux")
-    if not any(root.glob("models/smollm2-*/config.json")):
-        job.report.note(f"SmolLM2-135M was not served: its files are not under {root}.")
-        return
-    with tempfile.TemporaryDirectory(prefix="loramux-gpu-check-") as scratch:
-        both_modes(job, "SmolLM2-135M", "smollm2", read_config("smollm2"), Path(scratch))
-
-
-def both_modes(job: Job, title: str, model: str, config: Mapping[str, Any], folder: Path) -> None:
-    """A server with the flag that promises equal answers, if there is one, and one without it, which is timed."""
-    root = folder / "adapters"
-    names = job.attempt("writing adapters", partial(write_names, job, config, root))
-    if names is None:
-        return
-    arguments = ["--model", model, "--device", job.scale.device, "--adapter-dir", str(root), "--max-context", "1024"]
-    arguments += ["--adapter-memory", "4GiB", "--log-level", "warning"]
-    if job.scale.device == "cpu":
-        # There is no flag to give: on a CPU every backend in bf16 promises it.
-        one_server(job, title, arguments, names, folder, promised=True)
-        return
-    one_server(job, title, arguments, names, folder, promised=False)
-    if has_flag():
-        one_server(job, f"{title}, {FLAG}", [*arguments, FLAG], names, folder, promised=True)
-    else:
-        job.report.problem(f"{title}: `loramux serve` has no {FLAG}, so nothing promises that a batch answers as one "
-                           "request alone does")  # fmt: skip
-
-
-def write_names(job: Job, config: Mapping[str, Any], root: Path) -> list[str]:
-    """Random adapters of mixed ranks; their names."""
-    folders = write_adapters(root, linear_shapes(config), count=job.scale.served_adapters, ranks=job.scale.mixed_ranks)
-    return [path.name for path in folders]
-
-
-def has_flag() -> bool:
-    """Whether this build's server knows the flag."""
-    command = [sys.executable, "-m", "loramux.cli", "serve", "--help"]
-    wide = {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=wide)
-    return FLAG in done.stdout
-
-
-def one_server(
-    job: Job, title: str, arguments: Sequence[str], names: Sequence[str], folder: Path, *, promised: bool
-) -> None:
-    """A row: how many answers of a mixed batch were those of the same requests alone, and output tokens a second."""
-
-    def run(row: Row) -> None:
-        with serve(arguments, folder, start_timeout=min(START_TIMEOUT, max(10.0, job.left))) as address:
-            equal = job.attempt(f"{title}: answers", lambda: asyncio.run(equal_answers(job, address, names)))
-            if equal is not None:
-                row["answers as alone"] = f"{equal} of {QUESTIONS}"
-                if promised and equal < QUESTIONS:
-                    job.report.problem(f"{title}: {QUESTIONS - equal} of {QUESTIONS} answers differ in a mixed batch")
-            for requests in job.scale.served_requests:
-                for many in (0, len(names)) if requests > 1 else (0,):
-                    column = f"{requests} requests, {f'{many} adapters' if many else 'base'}"
-                    spec = workload(job, requests, names[:many])
-                    row[column] = job.attempt(f"{title}: {column}", partial(timed, address, spec))
-
-    with job.report.filling(served=title) as row:
-        job.attempt(f"{title}: the server", partial(run, row))
+def one_server(job: Job, row: Row, arguments: Sequence[str], names: Sequence[str], folder: Path) -> None:
+    """How many answers of a mixed batch were those of the same requests alone, and output tokens a second."""
+    begin = time.monotonic()
+    with serve(arguments, folder, start_timeout=max(10.0, job.left)) as address:
+        row["start, s"] = round(time.monotonic() - begin, 1)
+        equal = job.attempt(f"{row['served']}: answers", lambda: asyncio.run(equal_answers(job, address, names)))
+        if equal is not None:
+            row["answers as alone"] = f"{equal} of {QUESTIONS}"
+            if FLAG in arguments and equal < QUESTIONS:
+                job.report.problem(
+                    f"{row['served']}: {QUESTIONS - equal} of {QUESTIONS} answers differ in a mixed batch"
+                )
+        for requests in job.scale.served_requests:
+            for many in (0, len(names)) if requests > 1 else (0,):
+                column = f"{requests} requests, {f'{many} adapters' if many else 'base'}"
+                measure = partial(rate, job, address, requests, names[:many])
+                row[column] = job.attempt(f"{row['served']}: {column}", lambda: asyncio.run(measure()))  # noqa: B023
 
 
 async def equal_answers(job: Job, address: ServerAddress, names: Sequence[str]) -> int:
@@ -130,22 +87,29 @@ async def equal_answers(job: Job, address: ServerAddress, names: Sequence[str]) 
     return sum(a == b for a, b in zip(together, alone, strict=True))
 
 
-def workload(job: Job, requests: int, names: Sequence[str]) -> BenchSpec:
-    """Twice as many requests as run at once."""
-    tokens = job.scale.served_tokens
-    spec = WorkloadSpec(2 * requests, tokens, tokens, job.scale.served.vocab, tuple(names), seed=requests + len(names))
-    return BenchSpec(spec, requests, warmup=requests)
-
-
-def timed(address: ServerAddress, spec: BenchSpec) -> float:
-    """See `rate`."""
-    return asyncio.run(rate(address, spec))
-
-
-async def rate(address: ServerAddress, spec: BenchSpec) -> float:
-    """Output tokens a second. Raises ValueError if a request failed."""
+async def rate(job: Job, address: ServerAddress, requests: int, names: Sequence[str]) -> float:
+    """Output tokens a second of twice as many requests as run at once. Raises ValueError if a request failed."""
+    tokens, vocab = job.scale.served_tokens, job.scale.served.vocab
+    spec = WorkloadSpec(2 * requests, tokens, tokens, vocab, tuple(names), seed=requests + len(names))
     async with connect(address.target, address.admin) as target:
-        summary = await bench(target, spec)
+        summary = await bench(target, BenchSpec(spec, requests, warmup=requests))
     if summary["failed"]:
         raise ValueError(f"{summary['failed']} requests failed: {summary['errors']}")
     return float(summary["output_throughput"])
+
+
+def write_model(decoder: Decoder, folder: Path, device: str) -> None:
+    """A random model that `loramux serve` takes like any other: dense bf16 safetensors and a tokenizer."""
+    config = AutoConfig.for_model(**decoder.config())
+    # Of unit size through every layer, so that attention has a say in the answers.
+    config.initializer_range = decoder.hidden**-0.5
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)} | {f"<{i}>": i for i in range(END, decoder.vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{END}>").save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END}))

@@ -1,12 +1,13 @@
-"""`make gpu-check` as far as a CPU allows: every part's code on tiny shapes, and what becomes of parts that fail."""
+"""`make gpu-check` as far as a CPU allows: parts on tiny shapes, what becomes of parts that fail, and the document."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,77 +19,99 @@ from loramux.ops.nf4 import NF4Weight
 
 from loadtest.cli import main
 from loadtest.commands import gpu_check
-from loadtest.gpu import document
-from loadtest.gpu import served as served_part
-from loadtest.gpu.gemm import gemm
-from loadtest.gpu.job import Job, OutOfTime
-from loadtest.gpu.kernel_tests import Watch
-from loadtest.gpu.machine import machine
-from loadtest.gpu.part import PARTS, limit, run_part, soft_limit
+from loadtest.gpu import machine as machine_part
+from loadtest.gpu import parts, report
+from loadtest.gpu.machine import gemm
+from loadtest.gpu.parts import FIRST, PARTS, SECOND, Part, run_part
 from loadtest.gpu.peers import peers
-from loadtest.gpu.random_adapter import RandomAdapters
-from loadtest.gpu.random_model import RandomNF4, load_random
-from loadtest.gpu.report import Findings, Report
+from loadtest.gpu.pytests import Watch
+from loadtest.gpu.random_model import RandomAdapters, RandomNF4
+from loadtest.gpu.report import Findings, Job, OutOfTime, Report, read, render, update
+from loadtest.gpu.scale import DRY
 from loadtest.gpu.served import served
-from loadtest.gpu.shape import REHEARSAL
-from loadtest.gpu.steps import StepBench, invariant, steps
-from loadtest.server_process import ServerAddress
+from loadtest.gpu.steps import StepBench, profile, steps
 from tests.patience import PATIENCE
 
 CPU = torch.device("cpu")
-PAGE = f"before\n{document.BEGIN}\n{document.NOTHING}{document.END}\nafter\n"
+PAGE = f"before\n{report.BEGIN}\n{report.NOTHING}{report.END}\nafter\n"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., Findings]:
-    def run_in_process(part: Callable[[Job], None], seconds: float = 60.0) -> Findings:
-        file = tmp_path / "rows.jsonl"
-        part(Job(REHEARSAL, Report(file), time.monotonic() + seconds, bandwidth=1e10))
-        return Findings.read(file)
-
-    return run_in_process
+def job(tmp_path: Path) -> Job:
+    return Job(DRY, Report(tmp_path / "rows.jsonl", "run", "table"), time.monotonic() + 60, bandwidth=1e10)
 
 
-def test_the_machine_is_described(run: Callable[..., Findings]) -> None:
-    found = run(machine)
+def findings(file: Path) -> Findings:
+    (run,) = read(file)
+    return run.tables["table"]
+
+
+def done(part: Callable[[Job], None], job: Job) -> Findings:
+    part(job)
+    return findings(job.report.file)
+
+
+def test_steps_are_measured_beside_their_floor(job: Job) -> None:
+    found = done(steps, job)
     assert not found.problems
-    assert found.rows[0]["GB/s"] > 0
-    assert found.rows[0]["torch"] == torch.__version__
+    (row,) = found.rows
+    assert row["rows"] == 1
+    for kind in ("base", "1 adapter", "one each, r=2"):
+        assert min(row[kind], row[f"{kind}, forward"], row[f"{kind}, clock"], row[f"{kind}, floor"]) > 0
+    assert row["graphs"] == 0
+    assert {"tax, 1 adapter", "tax, one each"} <= row.keys()
+    assert row["one each, r=2, floor"] > row["base, floor"]
 
 
-def test_steps_are_measured_beside_their_floor(run: Callable[..., Findings]) -> None:
-    found = run(steps)
-    assert not found.problems
-    assert [row["rows"] for row in found.rows] == list(REHEARSAL.step_rows)
-    for row in found.rows:
-        for kind in ("base", "1 adapter", "one each, r=2", "one each, r=1–3"):
-            assert row[kind] > 0
-            assert row[f"floor, {kind}"] > 0
-        assert {"tax, 1 adapter", "tax, one each", "base on the clock"} <= row.keys()
-        assert row["floor, one each, r=2"] > row["floor, base"]
+def test_steps_without_graphs_on_a_gpu_are_a_problem(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = StepBench(job, (1,))
+    monkeypatch.setattr(bench, "model", SimpleNamespace(graphs=None, device=torch.device("cuda")))
+    monkeypatch.setattr(bench, "_bytes", lambda *_: 1)
+    monkeypatch.setattr(
+        bench, "_step", lambda *_: SimpleNamespace(best=1.0, device_ms=1.0, wall_ms=1.0, replay_ms=None)
+    )
+    bench._cell({}, 1, "base", [])
+    assert findings(job.report.file).problems == ["1 rows, base: launched one by one, 0 graphs"]
 
 
-def test_batch_invariant_mode_is_measured_or_missed_in_words(run: Callable[..., Findings]) -> None:
-    found = run(invariant)
-    assert not found.problems
-    assert found.rows or "no batch-invariant mode" in found.notes[0]
-
-
-def test_a_step_computes_with_its_adapters(tmp_path: Path) -> None:
+def test_a_step_computes_with_its_adapters(job: Job) -> None:
     """What is timed is one token of each sequence, in the company of its own context, with its own adapter."""
-    model = load_random(REHEARSAL.steps, CPU)
-    bench = StepBench(Job(REHEARSAL, Report(tmp_path / "rows"), time.monotonic() + 60), model, 2)
-    bench.prefill()
-    adapters = RandomAdapters(model, [2]).take(2)
+    bench = StepBench(job, (2,))
+    model = bench.model
+    adapters = RandomAdapters(model, [2], 2).adapters
     base, first, each = (model.forward(bench.decode(2, a)).float() for a in ([], adapters[:1], adapters))
     assert torch.isfinite(base).all()
     assert not torch.equal(first, base)
     torch.testing.assert_close(each[0], first[0], rtol=2e-2, atol=2e-2)
     assert not torch.allclose(each[1], first[1], rtol=2e-2, atol=2e-2)
     # Another token before the last one changes the answer: attention reads what prefill has written.
-    bench._tokens[0][3] ^= 1
+    bench.tokens[0][3] ^= 1
     bench.prefill()
     assert not torch.equal(model.forward(bench.decode(2, [])).float()[0], base[0])
+
+
+def test_adapters_lie_beside_each_other(job: Job) -> None:
+    model = StepBench(job, (1,)).model
+    adapters = RandomAdapters(model, [1, 3], 3).adapters
+    assert [adapter.max_rank for adapter in adapters] == [1, 3, 1]
+    bounds = [(a.buffer.data_ptr(), a.buffer.data_ptr() + a.buffer.nbytes) for a in adapters]
+    assert all(end == begin for (_, end), (begin, _) in pairwise(bounds))
+    assert all(begin % 64 == 0 for begin, _ in bounds)
+    for adapter in adapters:
+        for site, weights in adapter.items():
+            a, b, *_ = adapter.offsets[site].tolist()
+            assert weights.a.data_ptr() == adapter.buffer[a:].data_ptr()
+            assert weights.b.data_ptr() == adapter.buffer[b:].data_ptr()
+            assert weights.a.any()
+            assert weights.b.any()
+
+
+def test_the_profile_says_where_a_step_goes(job: Job) -> None:
+    found = done(profile, job)
+    assert not found.problems
+    assert {row["adapters"] for row in found.rows} == {"base", "one each"}
+    assert any(row["kernel"] == "loramux_cpu::linear" and row["times"] >= 1 for row in found.rows)
+    assert sum(float(row["share"].rstrip("%")) for row in found.rows if row["adapters"] == "base") > 90
 
 
 def test_random_weights_keep_the_size_of_what_goes_through() -> None:
@@ -102,118 +125,90 @@ def test_random_weights_keep_the_size_of_what_goes_through() -> None:
     assert (x @ dense.T).std() / x.std() == pytest.approx(0.5, rel=0.1)
 
 
-def test_operations_are_measured_beside_their_peers(run: Callable[..., Findings]) -> None:
-    found = run(gemm)
+def test_operations_are_measured_beside_their_peers(job: Job) -> None:
+    found = done(gemm, job)
     assert not found.problems
-    assert len(found.rows) == 4 * len(REHEARSAL.gemm_rows)
+    assert len(found.rows) == 4 * len(DRY.gemm_rows)
     for row in found.rows:
         assert min(row["loramux"], row["bitsandbytes"], row["dense bf16"], row["× bitsandbytes"], row["floor"]) > 0
+        assert 0 < row["error"] < machine_part.MOST_ERROR
+
+
+def test_a_wrong_product_is_a_problem(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_part, "error", lambda *_: float("nan"))
+    assert "q/k/v, 1 rows: wrong, error nan" in done(gemm, job).problems
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_peers_are_measured(run: Callable[..., Findings]) -> None:
-    found = run(peers)
+def test_peers_are_measured(job: Job) -> None:
+    found = done(peers, job)
     assert not found.problems
     assert [(row["what"].split()[0], row["rows"]) for row in found.rows] == [
-        (who, rows) for who in ("bitsandbytes", "dense") for rows in REHEARSAL.step_rows
+        (who, rows) for who in ("bitsandbytes", "dense") for rows in DRY.all_rows
     ]
     assert all(isinstance(row[kind], float) for row in found.rows for kind in ("base", "1 adapter", "one each, r=2"))
 
 
-def test_a_real_server_answers_in_a_batch_as_alone(run: Callable[..., Findings]) -> None:
-    found = run(served)
+def test_a_real_server_answers_in_a_batch_as_alone(job: Job) -> None:
+    found = done(served, job)
     assert not found.problems
     (row,) = found.rows
+    assert row["served"] == "tiny --batch-invariant"
     assert row["answers as alone"] == "16 of 16"
     assert all(row[name] > 0 for name in ("1 requests, base", "4 requests, base", "4 requests, 2 adapters"))
 
 
-def test_the_servers_flags_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for flag, known in (("--max-context", True), ("--no-such-thing", False)):
-        monkeypatch.setattr(served_part, "FLAG", flag)
-        assert served_part.has_flag() is known
-
-
-@pytest.mark.parametrize("flag", [True, False])
-def test_answers_that_differ_fail_where_they_are_promised(
-    flag: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    started: list[bool] = []
-
-    @contextmanager
-    def serve(arguments: list[str], folder: Path, **_: Any) -> Iterator[ServerAddress]:
-        started.append(served_part.FLAG in arguments)
-        yield ServerAddress("public", "admin", "metrics")
-
-    async def equal_answers(*_: Any) -> int:
-        return 15
-
-    monkeypatch.setattr(served_part, "serve", serve)
-    monkeypatch.setattr(served_part, "equal_answers", equal_answers)
-    monkeypatch.setattr(served_part, "has_flag", lambda: flag)
-    report = Report(tmp_path / "rows.jsonl")
-    scale = replace(REHEARSAL, device="cuda", served_requests=())
-    job = Job(scale, report, time.monotonic() + 60)
-    served_part.both_modes(job, "model", "model", REHEARSAL.served.config(), tmp_path)
-    found = Findings.read(tmp_path / "rows.jsonl")
-    assert started == ([False, True] if flag else [False])
-    assert [row["answers as alone"] for row in found.rows] == ["15 of 16"] * len(started)
-    (problem,) = found.problems
-    assert ("1 of 16 answers differ" if flag else "has no --batch-invariant") in problem
-
-
-def test_what_fails_is_told_and_the_rest_goes_on(run: Callable[..., Findings]) -> None:
-    def part(job: Job) -> None:
-        with job.report.filling(rows=1) as row:
-            row["first"] = job.attempt("a cell", lambda: 1 / 0)
-            row["second"] = job.attempt("another", lambda: 2.5)
-
-    found = run(part)
+def test_what_fails_is_told_and_the_rest_goes_on(job: Job) -> None:
+    with job.report.filling(rows=1) as row:
+        row["first"] = job.attempt("a cell", lambda: 1 / 0)
+        row["second"] = job.attempt("another", lambda: 2.5)
+    found = findings(job.report.file)
     assert found.rows == [{"rows": 1, "first": None, "second": 2.5}]
     assert found.problems == ["a cell: ZeroDivisionError: division by zero"]
 
 
-def test_time_that_is_up_within_a_cell_is_no_failure_of_the_cell(run: Callable[..., Findings]) -> None:
-    def part(job: Job) -> None:
-        job.attempt("a server", lambda: (time.sleep(0.02), job.attempt("a rate", lambda: 1.0)))
-
+def test_without_time_nothing_begins(tmp_path: Path) -> None:
+    job = Job(DRY, Report(tmp_path / "rows", "run", "table"), time.monotonic())
     with pytest.raises(OutOfTime):
-        run(part, seconds=0.01)
+        job.attempt("a server", lambda: pytest.fail("it began"))
+    late = Job(DRY, job.report, time.monotonic() + 60)
+    with pytest.raises(OutOfTime):  # and that is no failure of what it began within
+        late.attempt("a server", lambda: job.attempt("a rate", lambda: 1.0))
+    assert not any(run.tables for run in read(job.report.file))
 
 
-def test_without_time_nothing_begins(run: Callable[..., Findings], tmp_path: Path) -> None:
-    with pytest.raises(OutOfTime):
-        run(gemm, seconds=0.0)
-    assert "loramux" not in Findings.read(tmp_path / "rows.jsonl").rows[0]
-
-
-def child(tmp_path: Path, code: str, seconds: float) -> Findings:
-    rows = tmp_path / "rows.jsonl"
-    head = f"from pathlib import Path; from loadtest.gpu.report import Report; r = Report(Path({str(rows)!r}))\n"
-    return run_part([sys.executable, "-c", head + code], rows, tmp_path / "log", seconds)
+def child(tmp_path: Path, code: str, seconds: float) -> tuple[Findings, list[dict[str, Any]]]:
+    written, shown = Report(tmp_path / "rows", "run", "table"), []
+    head = (
+        "from loadtest.gpu.report import Report; from pathlib import Path; import os, sys, time, signal, subprocess\n"
+    )
+    head += f"r = Report(Path({str(written.file)!r}), 'run', 'table')\n"
+    assert not run_part([sys.executable, "-c", head + code], written, tmp_path / "log", seconds, shown.append)
+    return findings(written.file), shown
 
 
 def test_a_part_that_crashes_keeps_what_it_had(tmp_path: Path) -> None:
-    found = child(tmp_path, "r.row({'x': 1}); r.at('cell 7'); import os, signal; os.kill(os.getpid(), 11)", 20)
+    found, shown = child(tmp_path, "r.row({'x': 1}); r.at('cell 7'); os.kill(os.getpid(), signal.SIGSEGV)", PATIENCE)
     assert found.rows == [{"x": 1}]
-    assert found.problems == ["ended with -11, at cell 7"]
+    assert found.problems == ["ended with status -11, at cell 7: nothing in the log"]
+    assert [line.keys() - {"run", "table"} for line in shown] == [{"row"}, {"at"}, {"problem"}]
 
 
 def test_a_part_that_raises_shows_the_last_line(tmp_path: Path) -> None:
-    found = child(tmp_path, "raise RuntimeError('CUDA error: an illegal memory access was encountered')", 20)
-    assert found.problems == ["ended with status 1: RuntimeError: CUDA error: an illegal memory access was encountered"]
+    (tmp_path / "log").write_text("of an earlier part\n")
+    found, _ = child(tmp_path, "raise RuntimeError('an illegal memory access was encountered')", PATIENCE)
+    assert found.problems == ["ended with status 1: RuntimeError: an illegal memory access was encountered"]
 
 
-def test_a_part_that_hangs_is_killed_with_its_servers(tmp_path: Path) -> None:
+def test_a_part_that_overruns_its_limit_is_killed_with_its_servers(tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys, time\n"
         "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "r.row({'pid': p.pid}); open(r._file, 'a').write('{\"row\": {\"cut o')\n"
+        "r.row({'pid': p.pid}); r.file.open('a').write('{\"row\": {\"cut o')\n"
         "time.sleep(600)"
     )
-    found = child(tmp_path, code, 2.0)
+    found, _ = child(tmp_path, code, 5.0)
     (row,) = found.rows
-    assert "not done after 2 s and killed" in found.problems[0]
+    assert "not done after 5 s and killed" in found.problems[0], "the line after the one cut off is whole"
     deadline = time.monotonic() + PATIENCE
     with suppress(psutil.NoSuchProcess):  # gone, or dead and waited for by nobody
         while psutil.Process(row["pid"]).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
@@ -221,90 +216,60 @@ def test_a_part_that_hangs_is_killed_with_its_servers(tmp_path: Path) -> None:
             time.sleep(0.05)
 
 
-def test_no_part_gets_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = child(tmp_path, "import os; r.row({'is': os.environ.get('TRITON_INTERPRET')})", 20)
-    assert found.rows == [{"is": None}]
+def test_tests_are_counted_and_end_with_the_device(job: Job) -> None:
+    watch = Watch(job)
+    ids = ["t/a.py::one", "t/a.py::two", "t/a.py::three", "t/a.py::four"]
+    session: Any = SimpleNamespace(shouldstop=False, items=ids)
+    watch.pytest_collection_finish(session)
 
-
-def test_the_shares_are_all_the_time_and_no_more() -> None:
-    left, given = 450.0, []
-    for i, part in enumerate(PARTS):
-        given.append(limit(part, PARTS[i + 1 :], left))
-        left -= given[-1]
-    assert left == pytest.approx(0.0)
-    assert min(given) > 10
-    assert 0 < soft_limit(20.0) < 20.0
-    assert soft_limit(100.0) == 92.0
-
-
-def test_outcomes_are_counted_by_file(tmp_path: Path) -> None:
-    file = tmp_path / "rows"
-    watch = Watch(Report(file), time.monotonic() - 1)
-    ids = ["t/a.py::one", "t/a.py::two", "t/b.py::three", "t/b.py::four"]
-    session: Any = SimpleNamespace(shouldstop=False)
-    watch.pytest_collection_modifyitems(session, [SimpleNamespace(nodeid=i) for i in ids])  # type: ignore[misc]
-
-    def report(nodeid: str, when: str, outcome: str, text: str = "") -> Any:
+    def tell(nodeid: str, when: str, outcome: str, text: str = "") -> None:
         flags = {name: outcome == name for name in ("passed", "failed")}
-        return SimpleNamespace(nodeid=nodeid, when=when, outcome=outcome, longrepr=text, **flags)
+        watch.pytest_runtest_logreport(
+            SimpleNamespace(nodeid=nodeid, when=when, outcome=outcome, longrepr=text, **flags)  # type: ignore[arg-type]
+        )
 
-    for nodeid, call in zip(ids, ("passed", "failed", None), strict=False):
+    for nodeid, outcome in zip(ids, ("passed", "failed", "failed"), strict=False):
         watch.pytest_runtest_logstart(nodeid)
-        watch.pytest_runtest_logreport(report(nodeid, "setup", "passed" if call else "skipped"))
-        if call:
-            watch.pytest_runtest_logreport(report(nodeid, "call", call, "AssertionError: 3 is not 4"))
-            watch.pytest_runtest_logreport(report(nodeid, "teardown", "passed"))
+        tell(nodeid, "setup", "passed")
+        assert not session.shouldstop
+        tell(nodeid, "call", outcome, "AcceleratorError: misaligned address" if "three" in nodeid else "E: 3 is not 4")
+        tell(nodeid, "teardown", "passed")
         watch.pytest_runtest_logfinish()
-    assert session.shouldstop
-    watch.tell()
-    found = Findings.read(file)
-    assert found.rows == [
-        {"tests": "t/a.py", "passed": 1, "failed": 1, "skipped": 0, "not run": 0},
-        {"tests": "t/b.py", "passed": 0, "failed": 0, "skipped": 1, "not run": 1},
+    assert session.shouldstop == "the device is broken for this process"
+    assert watch.count == {"passed": 1, "failed": 2, "not run": 1}
+    assert findings(job.report.file).problems == [
+        "t/a.py::two: E: 3 is not 4",
+        "t/a.py::three: AcceleratorError: misaligned address",
     ]
-    assert found.problems == ["t/a.py::two: AssertionError: 3 is not 4", "1 tests were not run: their time was up"]
-    assert found.at == "t/b.py::three"
 
 
-def test_rows_of_the_same_device_are_replaced_and_no_others(tmp_path: Path) -> None:
+def test_the_document_has_the_last_run_of_each_table_and_device(tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    for run, device, of in (("1", "H100", "old"), ("2", "A100", "other"), ("3", "H100", "new")):
+        Report(file, run, "machine").commit(f"c{run}")
+        Report(file, run, "machine").row({"device": device, "driver": "580"})
+        if run != "3":
+            Report(file, run, "tests").note(f"tests of run {run}")
+        Report(file, run, "steps").row({"a": 1.23456, "b": None, "c": of})
+    Report(file, "3", "steps").row({"a": 1234.5, "c": "x|<y>"})
+    Report(file, "3", "steps").problem("broke\nbadly")
     page = tmp_path / "gpu.md"
     page.write_text(PAGE)
-    document.update(page, "H100", {"steps": "old steps", "machine": "old machine"})
-    document.update(page, "A100 | 40", {"steps": "other"})
-    document.update(page, "H100", {"steps": "new steps"})
+    update(page, render(read(file)))
     text = page.read_text()
-    assert "old steps" not in text
-    assert "never run" not in text
-    assert [text.index(w) for w in ("before", "old machine", "new steps", "other", "after")] == sorted(
-        text.index(w) for w in ("before", "old machine", "new steps", "other", "after")
-    )
+    assert text.startswith(f"before\n{report.BEGIN}\n### ")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "tests of run 1" in text
+    assert "| old |" not in text
+    assert text.count("### steps: ") == 2
+    section = text.split("### steps: H100")[1]
+    assert "3, driver 580, torch ?, triton ?, transformers ?, bitsandbytes ?, loramux c3" in section
+    assert "- **failed**: broke badly\n\n| a | b | c |\n| --- | --- | --- |\n| 1.23 | – | new |\n" in section
+    assert "| 1,234 | – | x\\|&lt;y> |" in section
     page.write_text("no markers")
     with pytest.raises(ValueError, match="no lines"):
-        document.update(page, "H100", {})
-
-
-def test_the_page_of_this_checkout_has_its_markers(tmp_path: Path) -> None:
-    page = tmp_path / "gpu.md"
-    page.write_text(gpu_check.DOCUMENT.read_text())
-    document.update(page, "some device", {"gemm": "text"})
-    assert "text" in page.read_text()
-
-
-def test_a_block_tells_failures_first_and_escapes() -> None:
-    found = Findings([{"a": 1.23456, "b": None}, {"a": 1234.5, "c": "x|y"}], ["a <note>"], ["broke\nbadly"])
-    assert document.block("gemm", "H100", "stamp", found).splitlines()[2:] == [
-        "stamp",
-        "",
-        "- **failed**: broke badly",
-        "",
-        "| a | b | c |",
-        "| --- | --- | --- |",
-        "| 1.23 | – | – |",
-        "| 1,234 | – | x\\|y |",
-        "",
-        "- a &lt;note>",
-    ]
+        update(page, "")
+    assert report.BEGIN in gpu_check.DOCUMENT.read_text()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -317,45 +282,55 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_without_a_device_there_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command(monkeypatch) == 2
+    assert command(monkeypatch, "--out", str(tmp_path / "out")) == 2
     shown = capsys.readouterr()
     assert "sees no CUDA device" in shown.err
     assert shown.out == ""
+    assert not (tmp_path / "out").exists()
 
 
-def test_unknown_blocks_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(monkeypatch, "--dry-run", "--only", "steps,speed") == 2
+def test_unknown_parts_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--dry-run", "--parts", "steps,speed") == 2
     assert "not speed" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_one_failed_part_fails_the_check_and_the_others_are_written(
+def test_the_presets_are_parts() -> None:
+    assert set(FIRST) | set(SECOND) == set(PARTS)
+    files = [arguments[1] for name in ("smoke", "tests") for _, arguments in parts.commands(name)]
+    assert len(files) == len(set(files)) > 3
+    assert all((parts.ROOT / file).is_file() for file in files)
+
+
+def test_a_dry_run_leaves_its_files_whatever_becomes_of_a_part(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    ran: list[tuple[str, float]] = []
+    """One real part, by the command line; one that crashes; one that is too late. The document is there after each."""
+    written: list[list[str]] = []
 
-    def check(part: Any, scratch: Path, seconds: float, dry_run: bool, bandwidth: float) -> Findings:
-        ran.append((part.name, bandwidth))
-        if part.name == "machine":
-            return Findings([{"device": "H100", "GB/s": 3000.0, "driver": "580"}])
-        return Findings([{"of": part.name}], [], ["it broke"] if part.name == "gemm" else [])
+    def watched(command: list[str], of: Report, log: Path, seconds: float, show: Any) -> bool:
+        if written or (tmp_path / "out" / "gpu.md").exists():
+            written.append([table for run in read(of.file) for table in run.tables])
+            assert all(f"### {table}" in (tmp_path / "out" / "gpu.md").read_text() for table in written[-1])
+        crash = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+        return run_part(crash if "steps" in command else command, of, log, PATIENCE, show)
 
-    monkeypatch.setattr(gpu_check, "check", check)
-    page = tmp_path / "gpu.md"
-    page.write_text(PAGE)
-    assert command(monkeypatch, "--dry-run", "--document", str(page), "--commit", "abc123") == 1
-    assert ran == [(part.name, 0.0 if part.name == "machine" else 3e12) for part in PARTS]
-    text = page.read_text()
-    assert "- **failed**: it broke" in text
-    for words in ("driver 580", "loramux abc123", "| peers |", "| smollm2 |", "### Tests on the device: H100"):
-        assert words in text
-    assert '"verdict": "fail"' in capsys.readouterr().out
-
-
-def test_a_part_by_the_command_line(tmp_path: Path) -> None:
-    (part,) = (part for part in PARTS if part.name == "machine")
-    found = gpu_check.check(part, tmp_path, 60.0, True, 0.0)
-    assert not found.problems, (tmp_path / "machine.log").read_text()
-    assert found.rows[0]["driver"] == "none"
+    monkeypatch.setattr(gpu_check, "run_part", watched)
+    monkeypatch.setitem(PARTS, "gemm", Part("gemm", "machine:gemm", 0.5))
+    monkeypatch.setenv("GPU_CHECK_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert command(monkeypatch, "--dry-run", "--parts", "machine,steps,gemm", "--commit", "abc123") == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["verdict"] == "fail"
+    assert "machine: device: CPU" in " ".join(shown.err.split())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md", "log", "rows.jsonl"]
+    assert written == [["machine"]]
+    (run,) = read(tmp_path / "out" / "rows.jsonl")
+    assert run.machine["torch"] == torch.__version__
+    assert run.commit == "abc123"
+    assert run.tables["steps"].problems == ["ended with status -11: nothing in the log"]
+    assert run.tables["gemm"].problems == ["gemm: no time was left"]
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    assert "loramux abc123" in text

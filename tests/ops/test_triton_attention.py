@@ -21,7 +21,7 @@ from loramux.ops.cuda.attention import attention
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 from loramux.ops.reference import ReferenceBackend
 
-from tests.ops.triton_device import DEVICE, sum_all_rows_alike
+from tests.ops.triton_device import DEVICE, EXAMPLES, sum_all_rows_alike
 
 REFERENCE = ReferenceBackend()
 BF16 = torch.bfloat16
@@ -172,7 +172,7 @@ HEADS = st.sampled_from(
 DTYPES = st.sampled_from([torch.float32, BF16, torch.float16])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_decode(data: st.DataObject) -> None:
     """One row a sequence, padding behind them as a graph has it: with a row each, or with none and rows of no one."""
@@ -193,7 +193,7 @@ def test_decode(data: st.DataObject) -> None:
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_mixed_batches(data: st.DataObject) -> None:
     heads = data.draw(HEADS)

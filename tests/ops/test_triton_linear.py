@@ -15,7 +15,7 @@ from bitsandbytes import functional as bnb
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.ops.triton_device import DEVICE, sum_all_rows_alike
+from tests.ops.triton_device import DEVICE, EXAMPLES, sum_all_rows_alike
 
 pytest.importorskip("triton")
 
@@ -139,7 +139,7 @@ def run(linear: TritonLinear, x: torch.Tensor, segments: list[Segment]) -> torch
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 70), dtype=st.sampled_from([BF16, torch.float16]))
 @example(seed=3, rows=70, dtype=BF16)
 @example(seed=5, rows=1, dtype=torch.float16)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EXAMPLES = 5 if DEVICE.type == "cuda" else 12  # of one property: on a device, each compiles kernels of its own
 
 
 def round_like_a_gpu() -> None:

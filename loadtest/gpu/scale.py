@@ -1,4 +1,4 @@
-"""The shapes of models that are measured, and how much is measured of each: in earnest, and in a rehearsal on a CPU."""
+"""The shapes of models that are measured, and how much is done of everything: on a GPU, and in a dry run on a CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Decoder:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab,
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 1024,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
             "tie_word_embeddings": False,
@@ -53,13 +53,13 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is done of everything."""
+    """How much is done of everything. Of rows, what matters most comes first: time may run out."""
 
     device: str
     steps: Decoder
     context: int
-    # What matters most comes first: time may run out.
-    step_rows: tuple[int, ...]
+    first_rows: tuple[int, ...]
+    all_rows: tuple[int, ...]
     rank: int
     mixed_ranks: tuple[int, ...]
     peer_layers: tuple[int, int]  # the two depths between which the peers' time a layer is taken
@@ -75,41 +75,17 @@ class Scale:
     served_tokens: int
 
 
+LLAMA_8B = Decoder("Llama-3-8B", 4096, 14336, 32, 32, 8, 128, 128256)
+TINY = Decoder("tiny", 64, 128, 2, 4, 2, 16, 320)
 FULL = Scale(
-    device="cuda",
-    steps=Decoder("Llama-3-8B", 4096, 14336, 32, 32, 8, 128, 128256),
-    context=1024,
-    step_rows=(1, 32, 8, 64),
-    rank=16,
-    mixed_ranks=(8, 16, 32, 64),
-    peer_layers=(1, 3),
-    gemm_rows=(1, 2, 4, 8, 16, 32, 64),
-    gemm_bytes=256 << 20,
-    warmups=5,
-    repeats=30,
-    copy_bytes=2 << 30,
-    matmul=8192,
+    device="cuda", steps=LLAMA_8B, context=1024, first_rows=(1, 32), all_rows=(1, 32, 8, 64), rank=16,
+    mixed_ranks=(8, 16, 32, 64), peer_layers=(1, 3), gemm_rows=(1, 8, 16, 32, 64), gemm_bytes=256 << 20,
+    warmups=3, repeats=30, copy_bytes=4 << 30, matmul=8192,
     served=Decoder("Llama-3.2-1B, 4 of 16 layers", 2048, 8192, 4, 32, 8, 64, 32000),
-    served_requests=(1, 16, 32),
-    served_adapters=16,
-    served_tokens=64,
-)
-REHEARSAL = Scale(
-    device="cpu",
-    steps=Decoder("tiny", 64, 128, 2, 4, 2, 16, 320),
-    context=32,
-    step_rows=(1, 2),
-    rank=2,
-    mixed_ranks=(1, 3),
-    peer_layers=(1, 2),
-    gemm_rows=(1, 2),
-    gemm_bytes=1 << 14,
-    warmups=1,
-    repeats=2,
-    copy_bytes=1 << 20,
-    matmul=64,
-    served=Decoder("tiny", 64, 128, 2, 4, 2, 16, 320),
-    served_requests=(1, 4),
-    served_adapters=2,
-    served_tokens=4,
-)
+    served_requests=(1, 16, 32), served_adapters=16, served_tokens=64,
+)  # fmt: skip
+DRY = Scale(
+    device="cpu", steps=TINY, context=32, first_rows=(1,), all_rows=(1, 2), rank=2, mixed_ranks=(1, 3),
+    peer_layers=(1, 2), gemm_rows=(1, 2), gemm_bytes=1 << 14, warmups=1, repeats=2, copy_bytes=1 << 20, matmul=64,
+    served=TINY, served_requests=(1, 4), served_adapters=2, served_tokens=4,
+)  # fmt: skip
