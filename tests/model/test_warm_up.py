@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loramux import assembly
+from loramux.config import Settings
 from loramux.engine.engine import Engine
 from loramux.engine.settings import EngineSettings
-from loramux.model import graphs, warm_up
+from loramux.model import causal_lm, graphs, warm_up
 from loramux.model.causal_lm import CausalLM, flat_inputs
-from loramux.model.loading import load_model
+from loramux.model.loading import LoadedModel, load_model
 from loramux.ops.cuda.backend import TritonBackend
 from loramux.ops.cuda.sampling import greedy
 from loramux.ops.segment import Segment
+from loramux.progress import Count, Phases
+from loramux.values import Memory
 from torch import Tensor
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
@@ -109,21 +114,44 @@ def test_serving_launches_nothing_that_the_start_has_not(model: CausalLM, launch
         assert not launches.met - ready, sorted(map(str, launches.met - ready))[0]
 
 
+def test_a_start_makes_all_ready_before_it_ends(
+    model: CausalLM, launches: Launches, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(assembly, "load_model", lambda *_, **__: LoadedModel(model, None, tmp_path, None))
+    monkeypatch.setattr(CausalLM, "can_capture", True)
+    monkeypatch.setattr(causal_lm, "CudaRecorder", lambda device: NoRecorder())
+    monkeypatch.setattr(
+        TritonBackend, "precompile", lambda self, rows, ranks, progress: done.append(f"precompiled for {rows}, {ranks}")
+    )
+
+    class Told(Phases):
+        def begin(self, title: str) -> None:
+            done.append(title)
+
+        def counting(self, title: str) -> Count:
+            return lambda step, total: done.append(title) if step == total else None
+
+    settings = Settings(device="cpu", max_batch_rows=3, max_batch_tokens=5, kv_memory=Memory(bytes=1 << 20))
+    assembly.prepare_model(settings, Told(None))
+    assert done[-4:] == [
+        "Making the KV cache",
+        "precompiled for (1, 2, 4, 5), (16, 32, 64)",
+        "Running each kind of step once",
+        "Capturing decode steps",
+    ]
+    assert model.graphs is not None
+    assert model.graphs.count == model.graphs.captures == 3 * 4
+
+
 def test_the_rows_of_the_passes() -> None:
     assert warm_up.row_counts(512) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     assert warm_up.row_counts(65) == (1, 2, 4, 8, 16, 32, 64, 65)
     assert warm_up.row_counts(1) == (1,)
 
 
-@pytest.fixture
-def listener() -> Iterator[None]:
-    before = knobs.compilation.listener
-    yield
-    knobs.compilation.listener = before
-
-
 def test_no_pass_writes_a_key_and_what_is_served_adds_no_graph(
-    model: CausalLM, monkeypatch: pytest.MonkeyPatch, listener: None
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real kernels, and the engine; a compile that came later would be counted."""
     monkeypatch.setattr(graphs, "ROWS", (2,))
