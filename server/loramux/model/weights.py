@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 from loramux.errors import InvalidAdapter, UnsupportedModel
 from loramux.model.modules import SiteLinear
@@ -37,6 +37,13 @@ class SiteChange(Protocol):
     def bias(self, site: Site) -> Tensor | None: ...
 
 
+def _rename(key: str, renamings: Sequence[WeightRenaming]) -> str:
+    """A checkpoint's key as transformers would read it."""
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key
+
+
 class WeightReader:
     """Finds and reads weights of `source` by the names they have in the skeleton, which may not be the checkpoint's.
 
@@ -53,9 +60,9 @@ class WeightReader:
         keys = tuple(source.keys())
         self._keys: dict[str, str] = {}  # the checkpoint's by the skeleton's
         for key in keys:
-            renamed = apply_renamings(key, renamings)
+            renamed = _rename(key, renamings)
             if source.towers:
-                renamed = apply_renamings(without_tower(renamed), renamings)
+                renamed = _rename(without_tower(renamed), renamings)
             self._keys.setdefault(renamed, key)
         # A name that needs no renaming is meant as it stands.
         self._keys |= dict(zip(keys, keys, strict=True))

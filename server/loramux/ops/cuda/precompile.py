@@ -40,6 +40,13 @@ from loramux.ops.cuda.tiles import TiledNF4
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 
 META = torch.device("meta")
+# In PTX.
+_LOADS = {
+    "cp.async.cg": r"cp\.async\.cg\.shared\.global",
+    "cp.async.ca": r"cp\.async\.ca\.shared\.global",
+    "v4": r"ld\.global\S*\.v4\.b32",
+    "b16": r"ld\.global\S*\.b16",
+}
 
 
 class Heads(NamedTuple):
@@ -100,7 +107,8 @@ def steps(max_rank: int, *, invariant: bool) -> Steps:
 
 class Compiled(NamedTuple):
     """A kernel: how long it took (about nothing if the cache had it), registers a thread, bytes that a thread spills,
-    bytes of shared memory, and of what width and how often it loads asynchronously."""
+    bytes of shared memory, and how often it loads: asynchronously past the first cache (sixteen bytes each) or through
+    it, at once sixteen bytes, or two."""
 
     kernel: str
     what: str
@@ -109,7 +117,7 @@ class Compiled(NamedTuple):
     spilled: int
     shared: int
     warps: int
-    copies: dict[str, int]
+    loads: dict[str, int]
 
 
 def precompile(
@@ -218,7 +226,7 @@ class _Launches:
                 spilled,
                 made.metadata.shared,
                 made.metadata.num_warps,
-                {name: ptx.count(f"cp.async.{name}.shared.global") for name in ("cg", "ca")},
+                {name: len(re.findall(pattern, ptx)) for name, pattern in _LOADS.items()},
             )
             print(json.dumps({**compiled._asdict(), "of": len(self._found)}), flush=True)
 
