@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import tarfile
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
@@ -23,10 +21,10 @@ from loramux.ops.select import select_backend
 from torch import Tensor
 from torch.nn import functional as F
 
-from loadtest.gpu.parts import ARCHIVE, ROOT
+from loadtest.gpu.parts import ARCHIVE
 from loadtest.gpu.random_model import RandomNF4
 from loadtest.gpu.report import Job
-from loadtest.gpu.timing import each_took, took
+from loadtest.gpu.timing import captured, took
 
 BF16 = torch.bfloat16
 MOST_ERROR = 2e-2  # of a product, its norm beside the right one's: bf16 inputs and outputs
@@ -36,7 +34,7 @@ MOST_ARCHIVE = 16 << 20
 def machine(job: Job) -> None:
     """One row; its `device`, versions and `GB/s` are read by the other parts and the document."""
     device = torch.device(job.scale.device)
-    with job.report.filling(device=device_name(device), driver=driver(device), torch=torch.__version__) as row:
+    with job.report.filling(device=device_name(device), driver=driver(), torch=torch.__version__) as row:
         row |= {package: version(package) for package in ("triton", "transformers", "bitsandbytes")}
         row["python"] = platform.python_version()
         row["GB/s"] = job.attempt("copy", partial(bandwidth, job, device))
@@ -47,11 +45,6 @@ def machine(job: Job) -> None:
         f"GB/s: a copy of {job.scale.copy_bytes / 2**30:.3g} GiB, bytes read plus bytes written; TFLOP/s: a product of "
         f"two random bf16 matrices of {job.scale.matmul} by {job.scale.matmul}."
     )
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(r for e in ("server", "test") for r in project["optional-dependencies"][e])]
-    names = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in asked} - {"loramux"}
-    if missing := sorted(name for name in names if version(name) == "none"):
-        job.report.note(f"Not installed here: {', '.join(missing)}; parts that need them fail and say so.")
 
 
 def device_name(device: torch.device) -> str:
@@ -59,16 +52,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}), dry run"
 
 
-def driver(device: torch.device) -> str:
+def driver() -> str:
     """The driver's version, or "?" where nvidia-smi cannot say."""
-    if device.type != "cuda":
-        return "none"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, text=True, timeout=20).splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
         return "?"
-    return done.stdout.split("\n", 1)[0].strip() or "?"
 
 
 def version(package: str) -> str:
@@ -148,8 +138,8 @@ def gemm(job: Job) -> None:
     backend, make = select_backend(device, BF16), RandomNF4(device)
     job.report.note(
         f"Microseconds of one operation without adapters, {job.scale.steps.name} shapes, through a CUDA graph of all "
-        f"its copies ({job.scale.gemm_bytes >> 20} MiB of NF4 or more, so that weights come from memory); * is one "
-        f"that no graph could hold. Error: beside a dequantized fp32 product. Backend {backend.name}."
+        f"its copies ({job.scale.gemm_bytes >> 20} MiB of NF4 or more, so that weights come from memory). "
+        f"Error: beside a dequantized fp32 product. Backend {backend.name}."
     )
     for name, (inputs, widths) in job.scale.steps.gemms.items():
         copies = max(2, -(-job.scale.gemm_bytes // (sum(widths) * inputs // 2)))
@@ -170,20 +160,25 @@ def gemm(job: Job) -> None:
                 row["error"] = wrong
                 if wrong is not None and not wrong < MOST_ERROR:
                     job.report.problem(f"{what}: wrong, error {wrong:.3g}")
-                spent = {who: timed(job, f"{what}, {who}", calls) for who, calls in contestants.items()}
-                for who, found in spent.items():
-                    row[who] = found and (round(found[0], 1) if found[1] else f"{found[0]:.1f}*")
-                if (our := spent["loramux"]) and (their := spent["bitsandbytes"]):
-                    row["× bitsandbytes"] = round(their[0] / our[0], 2)
+                for who, calls in contestants.items():
+                    row[who] = job.attempt(f"{what}, {who}", partial(each_took, job, calls))
+                if row["loramux"] and row["bitsandbytes"]:
+                    row["× bitsandbytes"] = round(row["bitsandbytes"] / row["loramux"], 2)
                 if job.bandwidth:
-                    row["floor"] = round(floor / job.bandwidth * 1e6, 1)
+                    row["floor"] = floor / job.bandwidth * 1e6
 
 
-def timed(job: Job, what: str, calls: Sequence[Callable[[], Any]]) -> tuple[float, bool] | None:
-    """See `each_took`; on a CPU there are no graphs, and none is missed."""
+def each_took(job: Job, calls: Sequence[Callable[[], object]]) -> float:
+    """Median device microseconds of one of `calls`, run one after another, on a GPU in a graph."""
     device, scale = torch.device(job.scale.device), job.scale
-    found = job.attempt(what, lambda: each_took(calls, device, warmups=scale.warmups, repeats=scale.repeats))
-    return found and (found[0], found[1] or device.type == "cpu")
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()
+    timed = captured(run) if device.type == "cuda" else run
+    return took(timed, device, warmups=scale.warmups, repeats=scale.repeats, seconds=0.2).device_ms * 1e3 / len(calls)
 
 
 def bitsandbytes_product(x: Tensor, weights: Sequence[NF4Weight]) -> list[Tensor]:
