@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import tarfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +19,12 @@ from loramux.ops.select import select_backend
 from torch import Tensor
 from torch.nn import functional as F
 
-from loadtest.gpu.parts import ARCHIVE
 from loadtest.gpu.random_model import RandomNF4
 from loadtest.gpu.report import Job
 from loadtest.gpu.timing import captured, took
 
 BF16 = torch.bfloat16
 MOST_ERROR = 2e-2  # of a product, its norm beside the right one's: bf16 inputs and outputs
-MOST_ARCHIVE = 16 << 20
 
 
 def machine(job: Job) -> None:
@@ -108,27 +104,10 @@ def precompile(job: Job, tell: Callable[[Any], None]) -> None:
     decoder, dry = job.scale.steps, job.scale.device == "cpu"
     heads = decoder.heads, decoder.kv_heads, decoder.head_dim
     shapes = ahead.Shapes.llama(decoder.hidden, decoder.inner, *heads, decoder.vocab)
-    most = max(job.scale.mixed_ranks)
-    rows = (8,) if dry else ahead.steps(most, invariant=False).rows
-    wanted = ahead.Steps(rows, (0,) if dry else (0, job.scale.rank, most), (False,))
+    wanted = ahead.Steps((8,), (0,), (False,)) if dry else ahead.steps(max(job.scale.mixed_ranks), invariant=False)
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     processes = os.cpu_count() or 1
     ahead.precompile(shapes, wanted, 10 * major + minor, processes=processes, resources=True, tell=tell)
-
-
-def pack(job: Job) -> None:
-    """The compiled kernels as an archive beside the rows, for a later run on a machine of the same kind."""
-    cache, archive = Path(os.environ["TRITON_CACHE_DIR"]), job.report.file.parent / ARCHIVE
-    with tarfile.open(archive, "w:gz") as out:
-        for file in cache.glob("*/*"):
-            # What a start needs; the rest are the compiler's stages in between.
-            if file.suffix in (".cubin", ".json", ".ptx", ".so"):
-                out.add(file, file.relative_to(cache))
-    size = archive.stat().st_size
-    job.report.row({"archive": ARCHIVE, "bytes": size})
-    if size > MOST_ARCHIVE:
-        archive.unlink()
-        job.report.problem(f"the cache's archive has {size:,} bytes, more than {MOST_ARCHIVE:,}: not kept")
 
 
 @torch.inference_mode()
