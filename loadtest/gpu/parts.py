@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ from loadtest.gpu.report import Job, Report, parse
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "gpu-check"
+# Of compiled kernels. Triton's cache holds absolute paths: one that is carried elsewhere has to lie at the same place.
+KERNELS = Path(tempfile.gettempdir()) / "loramux-gpu-check"
 ARCHIVE, MOST_ARCHIVE = "triton-cache.tar.gz", 16 << 20
 
 
@@ -39,12 +42,12 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("machine", "machine:machine", 25),
+    "machine": Part("machine", "machine:machine", 40),
     "compile": Part("compile", "machine:compile_kernels", 60),
     "smoke": Part("smoke", "pytests:run_file", 40, ("tests/gpu/test_smoke_*.py",)),
     "steps": Part("steps", "steps:steps", 70),
     "profile": Part("profile", "steps:profile", 45),
-    "gemm": Part("gemm", "machine:gemm", 30),
+    "gemm": Part("gemm", "gemm:gemm", 30),
     "pack": Part("pack", "parts:pack", 10),
     "tests": Part("tests", "pytests:run_file", 60, ("tests/gpu/test_[!s]*.py", "tests/ops/test_triton_*.py")),
     "all-steps": Part("steps", "steps:all_steps", 90),
