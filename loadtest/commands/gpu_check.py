@@ -18,7 +18,19 @@ from typing import Annotated, Any
 import typer
 
 from loadtest.console import emit, err
-from loadtest.gpu.parts import ARCHIVE, CACHE, FIRST, PARTS, ROOT, SECOND, commands, python, run_part, soft_limit
+from loadtest.gpu.parts import (
+    ARCHIVE,
+    CACHE,
+    FIRST,
+    KERNELS,
+    PARTS,
+    ROOT,
+    SECOND,
+    commands,
+    python,
+    run_part,
+    soft_limit,
+)
 from loadtest.gpu.report import Job, OutOfTime, Report, cell, read, render, update
 from loadtest.gpu.scale import DRY, FULL
 
@@ -67,7 +79,7 @@ def gpu_check(
     rows, run = out / "rows.jsonl", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if names:
         Report(rows, run, "machine").commit(commit or checked_out())
-        os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(KERNELS))
         if (carried := CACHE / ARCHIVE).exists():
             with tarfile.open(carried) as archive:
                 archive.extractall(os.environ["TRITON_CACHE_DIR"], filter="data")

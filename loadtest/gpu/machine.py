@@ -1,42 +1,28 @@
-"""The device and what it can do at most; the kernels' compilation; the linear operations alone, beside their peers."""
+"""The device and what it can do at most; and the kernels, compiled before they are needed."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
-import tarfile
 import time
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
-from loramux.ops.backend import LinearPart
-from loramux.ops.nf4 import NF4Weight
-from loramux.ops.select import select_backend
-from torch import Tensor
-from torch.nn import functional as F
 
-from loadtest.gpu.parts import ARCHIVE, ROOT
-from loadtest.gpu.random_model import RandomNF4
 from loadtest.gpu.report import Job
-from loadtest.gpu.timing import each_took, took
+from loadtest.gpu.timing import took
 
 BF16 = torch.bfloat16
-MOST_ERROR = 2e-2  # of a product, its norm beside the right one's: bf16 inputs and outputs
-MOST_ARCHIVE = 16 << 20
 
 
 def machine(job: Job) -> None:
     """One row; its `device`, versions and `GB/s` are read by the other parts and the document."""
     device = torch.device(job.scale.device)
-    with job.report.filling(device=device_name(device), driver=driver(device), torch=torch.__version__) as row:
+    with job.report.filling(device=device_name(device), driver=driver(), torch=torch.__version__) as row:
         row |= {package: version(package) for package in ("triton", "transformers", "bitsandbytes")}
         row["python"] = platform.python_version()
         row["GB/s"] = job.attempt("copy", partial(bandwidth, job, device))
@@ -47,11 +33,6 @@ def machine(job: Job) -> None:
         f"GB/s: a copy of {job.scale.copy_bytes / 2**30:.3g} GiB, bytes read plus bytes written; TFLOP/s: a product of "
         f"two random bf16 matrices of {job.scale.matmul} by {job.scale.matmul}."
     )
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(r for e in ("server", "test") for r in project["optional-dependencies"][e])]
-    names = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in asked} - {"loramux"}
-    if missing := sorted(name for name in names if version(name) == "none"):
-        job.report.note(f"Not installed here: {', '.join(missing)}; parts that need them fail and say so.")
 
 
 def device_name(device: torch.device) -> str:
@@ -59,16 +40,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}), dry run"
 
 
-def driver(device: torch.device) -> str:
+def driver() -> str:
     """The driver's version, or "?" where nvidia-smi cannot say."""
-    if device.type != "cuda":
-        return "none"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, text=True, timeout=20).splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
         return "?"
-    return done.stdout.split("\n", 1)[0].strip() or "?"
 
 
 def version(package: str) -> str:
@@ -118,80 +96,7 @@ def precompile(job: Job, tell: Callable[[Any], None]) -> None:
     decoder, dry = job.scale.steps, job.scale.device == "cpu"
     heads = decoder.heads, decoder.kv_heads, decoder.head_dim
     shapes = ahead.Shapes.llama(decoder.hidden, decoder.inner, *heads, decoder.vocab)
-    most = max(job.scale.mixed_ranks)
-    rows = (8,) if dry else ahead.steps(most, invariant=False).rows
-    wanted = ahead.Steps(rows, (0,) if dry else (0, job.scale.rank, most), (False,))
+    wanted = ahead.Steps((8,), (0,), (False,)) if dry else ahead.steps(max(job.scale.mixed_ranks), invariant=False)
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     processes = os.cpu_count() or 1
     ahead.precompile(shapes, wanted, 10 * major + minor, processes=processes, resources=True, tell=tell)
-
-
-def pack(job: Job) -> None:
-    """The compiled kernels as an archive beside the rows, for a later run on a machine of the same kind."""
-    cache, archive = Path(os.environ["TRITON_CACHE_DIR"]), job.report.file.parent / ARCHIVE
-    with tarfile.open(archive, "w:gz") as out:
-        for file in cache.glob("*/*"):
-            # What a start needs; the rest are the compiler's stages in between.
-            if file.suffix in (".cubin", ".json", ".ptx", ".so"):
-                out.add(file, file.relative_to(cache))
-    size = archive.stat().st_size
-    job.report.row({"archive": ARCHIVE, "bytes": size})
-    if size > MOST_ARCHIVE:
-        archive.unlink()
-        job.report.problem(f"the cache's archive has {size:,} bytes, more than {MOST_ARCHIVE:,}: not kept")
-
-
-@torch.inference_mode()
-def gemm(job: Job) -> None:
-    """A row for each operation of a layer and each number of rows; microseconds."""
-    device = torch.device(job.scale.device)
-    backend, make = select_backend(device, BF16), RandomNF4(device)
-    job.report.note(
-        f"Microseconds of one operation without adapters, {job.scale.steps.name} shapes, through a CUDA graph of all "
-        f"its copies ({job.scale.gemm_bytes >> 20} MiB of NF4 or more, so that weights come from memory); * is one "
-        f"that no graph could hold. Error: beside a dequantized fp32 product. Backend {backend.name}."
-    )
-    for name, (inputs, widths) in job.scale.steps.gemms.items():
-        copies = max(2, -(-job.scale.gemm_bytes // (sum(widths) * inputs // 2)))
-        layers = [[make.weight(n, inputs) for n in widths] for _ in range(copies)]
-        ours = [backend.prepare([LinearPart(w) for w in weights], range(len(widths))) for weights in layers]
-        dense = [torch.randn(sum(widths), inputs, device=device).to(BF16) for _ in range(min(copies, 4))]
-        floor = sum(w.nbytes for w in layers[0])
-        for rows in job.scale.gemm_rows:
-            x, bound = torch.randn(rows, inputs, device=device).to(BF16), backend.bind(())
-            contestants: dict[str, list[Callable[[], object]]] = {
-                "loramux": [partial(linear, x, bound) for linear in ours],
-                "bitsandbytes": [partial(bitsandbytes_product, x, weights) for weights in layers],
-                "dense bf16": [partial(F.linear, x, weight) for weight in dense],
-            }
-            what = f"{name}, {rows} rows"
-            with job.report.filling(operation=f"{name}, {inputs} → {'+'.join(map(str, widths))}", rows=rows) as row:
-                wrong = job.attempt(f"{what}, check", lambda: error(x, ours[0](x, bound), layers[0]))  # noqa: B023
-                row["error"] = wrong
-                if wrong is not None and not wrong < MOST_ERROR:
-                    job.report.problem(f"{what}: wrong, error {wrong:.3g}")
-                spent = {who: timed(job, f"{what}, {who}", calls) for who, calls in contestants.items()}
-                for who, found in spent.items():
-                    row[who] = found and (round(found[0], 1) if found[1] else f"{found[0]:.1f}*")
-                if (our := spent["loramux"]) and (their := spent["bitsandbytes"]):
-                    row["× bitsandbytes"] = round(their[0] / our[0], 2)
-                if job.bandwidth:
-                    row["floor"] = round(floor / job.bandwidth * 1e6, 1)
-
-
-def timed(job: Job, what: str, calls: Sequence[Callable[[], Any]]) -> tuple[float, bool] | None:
-    """See `each_took`; on a CPU there are no graphs, and none is missed."""
-    device, scale = torch.device(job.scale.device), job.scale
-    found = job.attempt(what, lambda: each_took(calls, device, warmups=scale.warmups, repeats=scale.repeats))
-    return found and (found[0], found[1] or device.type == "cpu")
-
-
-def bitsandbytes_product(x: Tensor, weights: Sequence[NF4Weight]) -> list[Tensor]:
-    """x through each weight as bitsandbytes' Linear4bit computes it: `gemm_4bit`, one call a weight."""
-    return [matmul_4bit(x, weight.codes.view(-1, 1), quant_state=weight.quant_state(x.dtype)) for weight in weights]
-
-
-def error(x: Tensor, products: Sequence[Tensor], weights: Sequence[NF4Weight]) -> float:
-    """The norm of what `products` differ by from x·Wᵀ in fp32, beside its own; not finite if they are not."""
-    right = torch.cat([x.float() @ weight.dequantize(torch.float32).T for weight in weights], dim=1)
-    return float((torch.cat(list(products), dim=1).float() - right).norm() / right.norm())

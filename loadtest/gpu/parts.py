@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.gpu.report import Report, parse
+from loadtest.gpu.report import Job, Report, parse
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "gpu-check"
-ARCHIVE = "triton-cache.tar.gz"
+# Of compiled kernels. Triton's cache holds absolute paths: one that is carried elsewhere has to lie at the same place.
+KERNELS = Path(tempfile.gettempdir()) / "loramux-gpu-check"
+ARCHIVE, MOST_ARCHIVE = "triton-cache.tar.gz", 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +42,13 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("machine", "machine:machine", 25),
+    "machine": Part("machine", "machine:machine", 40),
     "compile": Part("compile", "machine:compile_kernels", 60),
     "smoke": Part("smoke", "pytests:run_file", 40, ("tests/gpu/test_smoke_*.py",)),
     "steps": Part("steps", "steps:steps", 70),
     "profile": Part("profile", "steps:profile", 45),
-    "gemm": Part("gemm", "machine:gemm", 30),
-    "pack": Part("pack", "machine:pack", 10),
+    "gemm": Part("gemm", "gemm:gemm", 30),
+    "pack": Part("pack", "parts:pack", 10),
     "tests": Part("tests", "pytests:run_file", 60, ("tests/gpu/test_[!s]*.py", "tests/ops/test_triton_*.py")),
     "all-steps": Part("steps", "steps:all_steps", 90),
     "peers": Part("steps", "peers:peers", 60),
@@ -128,3 +132,18 @@ def run_part(
 def python(*arguments: str) -> list[str]:
     """A command of this package, by this Python."""
     return [sys.executable, "-m", "loadtest", *arguments]
+
+
+def pack(job: Job) -> None:
+    """The compiled kernels as an archive beside the rows, for a later run on a machine of the same kind."""
+    cache, archive = Path(os.environ["TRITON_CACHE_DIR"]), job.report.file.parent / ARCHIVE
+    with tarfile.open(archive, "w:gz") as out:
+        for file in cache.glob("*/*"):
+            # What a start needs; the rest are the compiler's stages in between.
+            if file.suffix in (".cubin", ".json", ".ptx", ".so"):
+                out.add(file, file.relative_to(cache))
+    size = archive.stat().st_size
+    job.report.row({"archive": ARCHIVE, "bytes": size})
+    if size > MOST_ARCHIVE:
+        archive.unlink()
+        job.report.problem(f"the cache's archive has {size:,} bytes, more than {MOST_ARCHIVE:,}: not kept")

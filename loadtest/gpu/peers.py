@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from loadtest.gpu.report import Job, Row
-from loadtest.gpu.scale import Decoder
 from loadtest.gpu.timing import took
 from loadtest.peers.peft_peer import WEIGHTS, Weights, to_nf4
 
@@ -30,97 +31,68 @@ def peers(job: Job) -> None:
         "difference a layer. Eager, DynamicCache, one adapter each by adapter_names."
     )
     for weights in WEIGHTS:
-        models = job.attempt(f"building, {TITLES[weights]}", partial(build, job, weights))
+        title = TITLES[weights]
+        models = job.attempt(f"building, {title}", lambda: [build(job, n, weights) for n in (low, high)])  # noqa: B023
         if models is None:
             continue
-        rows_of: dict[int, Row] = {rows: {"what": TITLES[weights], "rows": rows} for rows in job.scale.all_rows}
+        rows_of: dict[int, Row] = {rows: {"what": title, "rows": rows} for rows in job.scale.all_rows}
         try:
-            for rows, row in rows_of.items():
-                row["base"] = job.attempt(f"{TITLES[weights]}, {rows} rows, base", partial(models.step, rows, 0))
-            wrapped = job.attempt(f"{TITLES[weights]}, adapters", partial(models.add_adapters, max(rows_of)))
-            for rows, row in rows_of.items() if wrapped else ():
-                for name, adapters in (("1 adapter", 1), (f"one each, r={job.scale.rank}", rows)):
-                    what = f"{TITLES[weights]}, {rows} rows, {name}"
-                    row[name] = job.attempt(what, partial(models.step, rows, adapters))
+            for name in ("base", "1 adapter", f"one each, r={job.scale.rank}"):
+                if name == "1 adapter" and not job.attempt(f"{title}, adapters", partial(add_adapters, job, models)):
+                    break
+                for rows, row in rows_of.items():
+                    call = partial(step, job, models, rows, {"base": 0, "1 adapter": 1}.get(name, rows))
+                    row[name] = job.attempt(f"{title}, {rows} rows, {name}", call)
         finally:
             for row in rows_of.values():
                 job.report.row(row)
-        del models
 
 
-class Peer:
-    """The two models, and how a step of the whole one is told from theirs."""
-
-    def __init__(self, job: Job, models: dict[int, Any]) -> None:
-        self._job, self._scale, self._models = job, job.scale, models
-        self._device = torch.device(job.scale.device)
-        self._names: list[str] = []
-
-    def add_adapters(self, count: int) -> bool:
-        """`count` random adapters of the scale's rank on every linear layer of each model."""
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            r=self._scale.rank,
-            lora_alpha=2 * self._scale.rank,
-            target_modules=TARGETS,
-            task_type="CAUSAL_LM",
-            init_lora_weights=False,  # or B would be zeros
-        )
-        self._names = [f"a{i}" for i in range(count)]
-        for layers, model in self._models.items():
-            wrapped: Any = get_peft_model(model, config, adapter_name="a0")
-            for name in self._names[1:]:
-                wrapped.add_adapter(name, config)
-            for name, parameter in wrapped.named_parameters():
-                if "lora_" in name:
-                    # A branch of unit size, forty times, is no model any more; and fp32 factors are slower.
-                    parameter.data = parameter.data.mul_(0.1).to(torch.bfloat16)
-            self._models[layers] = wrapped.eval()
-        return True
-
-    def step(self, rows: int, adapters: int) -> float:
-        """Device milliseconds of a step of all layers."""
-        (low, fast), (high, slow) = sorted(
-            (layers, self._timed(m, rows, adapters)) for layers, m in self._models.items()
-        )
-        return fast + (self._scale.steps.layers - low) * (slow - fast) / (high - low)
-
-    def _timed(self, model: Any, rows: int, adapters: int) -> float:
-        cache = self._cache(model, rows)
-        ids = torch.randint(self._scale.steps.vocab, (rows, 1), device=self._device)
-        options = {"adapter_names": [self._names[i % adapters] for i in range(rows)]} if adapters else {}
-
-        def call() -> None:
-            model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-            cache.crop(-1)  # views
-
-        return took(call, self._device, warmups=self._scale.warmups, repeats=self._scale.repeats, seconds=1.0).device_ms
-
-    def _cache(self, model: Any, rows: int) -> Any:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=model.config)
-        shape = (rows, self._scale.steps.kv_heads, self._scale.context - 1, self._scale.steps.head_dim)
-        for layer in range(model.config.num_hidden_layers):
-            keys, values = (torch.randn(shape, device=self._device).to(torch.bfloat16) for _ in range(2))
-            cache.update(keys, values, layer)
-        return cache
-
-
-def build(job: Job, weights: Weights) -> Peer:
-    """Both models with random weights."""
-    return Peer(
-        job, {n: random_transformer(job.scale.steps, n, job.scale.device, weights) for n in job.scale.peer_layers}
-    )
-
-
-def random_transformer(decoder: Decoder, layers: int, device: str, weights: Weights) -> Any:
+def build(job: Job, layers: int, weights: Weights) -> Any:
     """transformers' own model of this shape, cut to some layers, in bf16 or with bitsandbytes' 4-bit layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**decoder.config(layers))
-    with torch.device(device):
+    config = AutoConfig.for_model(**job.scale.steps.config(layers))
+    with torch.device(job.scale.device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         model = model.eval().requires_grad_(False)
         return to_nf4(model) if weights == "nf4" else model
+
+
+def add_adapters(job: Job, models: list[Any]) -> bool:
+    """One for each row of the largest batch, random, on every linear layer, named by their numbers; in place."""
+    # Initialized, B would be zeros.
+    config = LoraConfig(r=job.scale.rank, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False)
+    for place, model in enumerate(models):
+        wrapped: Any = get_peft_model(model, config, adapter_name="0")
+        for i in range(1, max(job.scale.all_rows)):
+            wrapped.add_adapter(str(i), config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                # A branch of unit size, forty times, is no model any more; and fp32 factors are slower.
+                parameter.data = parameter.data.mul_(0.1).to(torch.bfloat16)
+        models[place] = wrapped.eval()
+    return True
+
+
+def step(job: Job, models: list[Any], rows: int, adapters: int) -> float:
+    """Device milliseconds of a step of all layers."""
+    low, high = job.scale.peer_layers
+    short, long = (timed(job, model, rows, adapters) for model in models)
+    return short + (job.scale.steps.layers - low) * (long - short) / (high - low)
+
+
+def timed(job: Job, model: Any, rows: int, adapters: int) -> float:
+    """Device milliseconds of a step of one model, with a full context."""
+    scale, device = job.scale, torch.device(job.scale.device)
+    cache = DynamicCache(config=model.config)
+    shape = (rows, scale.steps.kv_heads, scale.context - 1, scale.steps.head_dim)
+    for layer in range(model.config.num_hidden_layers):
+        keys, values = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2))
+        cache.update(keys, values, layer)
+    ids = torch.randint(scale.steps.vocab, (rows, 1), device=device)
+    options = {"adapter_names": [str(i % adapters) for i in range(rows)]} if adapters else {}
+
+    def call() -> None:
+        model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        cache.crop(-1)  # views
+
+    return took(call, device, warmups=scale.warmups, repeats=scale.repeats, seconds=1.0).device_ms

@@ -17,6 +17,7 @@ from loadtest.gpu.report import Job
 
 MOST_FAILURES = 20
 # Warnings of a library in another version are no failures here, nor is anything compiled for cards that are not here.
+PYTEST = (sys.executable, "-m", "pytest")
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=", f"--rootdir={ROOT}", "-k", "not compile"]
 
 
@@ -43,10 +44,11 @@ class Watch:
         self.count: Counter[str] = Counter()
         self.reason = ""
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """A dry run has time for one test of each file: in Triton's interpreter they take minutes."""
         if self._job.scale.device == "cpu":
-            del items[1:]
+            del items[:-1]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Know what there is to run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ _replays: list[tuple[Any, Any]] = []
 
 
 class Took(NamedTuple):
-    """Median milliseconds of one call: on the device (`replay_ms`: in the CUDA graph that it replays), and on
-    the clock until the device was done."""
+    """Median milliseconds of one call: on the device (`replay_ms`: in the CUDA graph that it replays), and on the clock
+    until the device was done."""
 
     device_ms: float
     wall_ms: float
@@ -25,21 +25,6 @@ class Took(NamedTuple):
     def best(self) -> float:
         """Of the replay, if there was one: what the device takes whatever the host does beside it."""
         return self.device_ms if self.replay_ms is None else self.replay_ms
-
-
-def watch_replays() -> None:
-    """From now on, for the rest of the process, every replay of a CUDA graph lies between two events that `took` reads:
-    what the host writes before is not in there. Of graphs that are recorded later, by whomever."""
-    replay = torch.cuda.CUDAGraph.replay
-
-    def timed(graph: torch.cuda.CUDAGraph) -> None:
-        start, stop = _events()
-        start.record()
-        replay(graph)
-        stop.record()
-        _replays.append((start, stop))
-
-    torch.cuda.CUDAGraph.replay = timed  # type: ignore[method-assign, assignment]
 
 
 def took(call: Callable[[], object], device: torch.device, *, warmups: int, repeats: int, seconds: float = 2.0) -> Took:
@@ -55,12 +40,9 @@ def took(call: Callable[[], object], device: torch.device, *, warmups: int, repe
     while len(on_clock) < repeats and (len(on_clock) < LEAST or time.monotonic() < end):
         begin = time.perf_counter()
         if device.type == "cuda":
-            start, stop = _events()
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            on_device.append(start.elapsed_time(stop))
+            events = between_events(call)
+            events[1].synchronize()
+            on_device.append(events[0].elapsed_time(events[1]))
         else:
             call()
         on_clock.append((time.perf_counter() - begin) * 1e3)
@@ -68,40 +50,38 @@ def took(call: Callable[[], object], device: torch.device, *, warmups: int, repe
     return Took(median(on_device or on_clock), median(on_clock), median(replays) if replays else None)
 
 
-def each_took(
-    calls: Sequence[Callable[[], object]], device: torch.device, *, warmups: int, repeats: int
-) -> tuple[float, bool]:
-    """Median device microseconds of one of `calls`, run one after another; and whether from a CUDA graph, which takes
-    the host's launches out of the figure."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    run()
-    replay = captured(run) if device.type == "cuda" else None
-    spent = took(replay or run, device, warmups=warmups, repeats=repeats, seconds=0.2)
-    return spent.device_ms * 1e3 / len(calls), replay is not None
+def between_events(call: Callable[[], object]) -> tuple[Any, Any]:
+    """Two events of the current stream, before and after what `call` launches."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    return start, stop
 
 
-def captured(run: Callable[[], object]) -> Callable[[], None] | None:
-    """Replays the kernels that `run`, warm already, launches; None if it does what no graph can hold."""
+def watch_replays() -> None:
+    """From now on, for the rest of the process, every replay of a CUDA graph lies between two events that `took` reads:
+    what the host writes before is not in there. Of graphs that are recorded later, by whomever."""
+    replay = torch.cuda.CUDAGraph.replay
+
+    def timed(graph: torch.cuda.CUDAGraph) -> None:
+        _replays.append(between_events(lambda: replay(graph)))
+
+    torch.cuda.CUDAGraph.replay = timed  # type: ignore[method-assign, assignment]
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """Replays the kernels that `run`, warm already, launches: without the host's launches. Raises RuntimeError if it
+    does what no graph can hold."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
+    with torch.cuda.graph(graph):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _events() -> tuple[Any, Any]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -16,8 +16,8 @@ FOLDER = ROOT / ".wheels"
 MOST = 60 << 20  # bytes, of the tree and the wheels
 # What images with torch and transformers lack, and what they have in versions that nobody knows, if it is small.
 PACKAGES = """annotated-types bitsandbytes gguf googleapis-common-protos grpcio grpcio-health-checking grpcio-reflection
-    grpcio-status hypothesis iniconfig peft pluggy prometheus-client protobuf pydantic pydantic-core pytest pytest-asyncio
-    pytest-timeout rich typer typing-extensions typing-inspection"""
+    grpcio-status hypothesis iniconfig peft pluggy prometheus-client protobuf pydantic pydantic-core pytest
+    pytest-asyncio pytest-timeout rich typer typing-extensions typing-inspection"""
 KEPT = "cuda130"  # of bitsandbytes' libraries: each CUDA release has one of its own
 
 

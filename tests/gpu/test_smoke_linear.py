@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.test_triton_linear import flat
-from tests.ops.triton_device import DEVICE
+from tests.ops.triton_device import DEVICE, LARGE
 
 pytest.importorskip("triton")
 
@@ -24,15 +24,14 @@ from loramux.ops.reference import ReferenceBackend
 from loramux.ops.segment import AdapterWeights, LoraWeights, Segment
 
 REFERENCE = ReferenceBackend()
-CUDA = DEVICE.type == "cuda"
 OPERATIONS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "q/k/v": (4096, (4096, 1024, 1024)) if CUDA else (128, (128, 64, 64)),
-    "o": (4096, (4096,)) if CUDA else (128, (128,)),
-    "gate/up": (4096, (14336, 14336)) if CUDA else (128, (192, 192)),
-    "down": (14336, (4096,)) if CUDA else (1088, (64,)),
+    "q/k/v": (4096, (4096, 1024, 1024)) if LARGE else (128, (128, 64, 64)),
+    "o": (4096, (4096,)) if LARGE else (128, (128,)),
+    "gate/up": (4096, (14336, 14336)) if LARGE else (128, (192, 192)),
+    "down": (14336, (4096,)) if LARGE else (1088, (64,)),
 }
-SHAPES = OPERATIONS | {"129 blocks": (129 * 64, (128 if CUDA else 5,))}
-ROWS = (1, 8, 16, 32, 64, 128, 300) if CUDA else (1, 33)
+SHAPES = OPERATIONS | {"129 blocks": (129 * 64, (128 if LARGE else 5,))}
+ROWS = (1, 8, 16, 32, 64, 128, 300) if LARGE else (1, 33)
 # Relative to the norm of the right answer: what rounding weights and sums to bfloat16 costs, and float16.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
@@ -99,7 +98,7 @@ def rank_64(company: Company, rows: int) -> None:
 
 def sixteen(company: Company, rows: int) -> None:
     """Adapters of many ranks, each for a share of the rows; some rows have none."""
-    count = min(rows, 16 if CUDA else 4)
+    count = min(rows, 16 if LARGE else 4)
     for i in range(count):
         company.add(i * rows // count, (i + 1) * rows // count - (i == 3), (8, 16, 32, 64, 4, 200)[i % 6])
 
@@ -126,18 +125,18 @@ def test_linear_at_real_shapes(name: str, rows: int) -> None:
 
 def test_a_last_share_without_blocks() -> None:
     """Shares of K are rounded up: of 129 blocks in sixteen shares the last has none."""
-    check("129 blocks", 1, torch.bfloat16, COMPANIES if CUDA else (base, rank_16))
+    check("129 blocks", 1, torch.bfloat16, COMPANIES if LARGE else (base, rank_16))
 
 
 @pytest.mark.parametrize("name", ["q/k/v", "down"])
 def test_linear_in_float16(name: str) -> None:
-    check(name, 32 if CUDA else 5, torch.float16)
+    check(name, 32 if LARGE else 5, torch.float16)
 
 
 @pytest.mark.parametrize("name", ["q/k/v", "down"])
 def test_company_changes_no_bits(name: str) -> None:
     """Ranks of 8 and 64 among them: another tile of ranks would be multiplied by another instruction."""
-    if not CUDA:
+    if not LARGE:
         pytest.skip("the interpreter's own sums differ by shape; tests/ops has this with one order")
     quantized, _ = operation(name)
     linear = TritonLinear.pack(quantized, range(len(quantized)), invariant=True)

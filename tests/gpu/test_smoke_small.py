@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.ops.triton_device import DEVICE
+from tests.ops.triton_device import DEVICE, LARGE
 
 pytest.importorskip("triton")
 
@@ -17,12 +17,11 @@ from loramux.ops.cuda.sampling import greedy
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 from loramux.ops.reference import ReferenceBackend
 
-CUDA = DEVICE.type == "cuda"
 BF16 = torch.bfloat16
 BLOCK = 16
 # Query heads, key-value heads, their dimension.
-HEADS = {"Llama-3-8B": (32, 8, 128), "Llama-3.2-1B": (32, 8, 64)} if CUDA else {"small": (4, 2, 32)}
-LONG = 1024 if CUDA else 70
+HEADS = {"Llama-3-8B": (32, 8, 128), "Llama-3.2-1B": (32, 8, 64)} if LARGE else {"small": (4, 2, 32)}
+LONG = 1024 if LARGE else 70
 
 
 def draw(*shape: int) -> Tensor:
@@ -32,7 +31,7 @@ def draw(*shape: int) -> Tensor:
 # Of each sequence: rows of this step, and tokens with them.
 STEPS: dict[str, list[tuple[int, int]]] = {
     "one row": [(1, LONG)],
-    "32 rows": [(1, LONG - 7 * i) for i in range(32 if CUDA else 3)],
+    "32 rows": [(1, LONG - 7 * i) for i in range(32 if LARGE else 3)],
     "a prompt": [(LONG // 2, LONG // 2)],
     "a chunk beside decoding": [(1, LONG), (LONG // 4, LONG), (1, 3)],
 }
@@ -88,7 +87,7 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 33])
 def test_norm_and_gate_at_real_widths(rows: int) -> None:
-    width, inner = (4096, 14336) if CUDA else (96, 192)
+    width, inner = (4096, 14336) if LARGE else (96, 192)
     x, residual, weight = draw(rows, width), draw(rows, width), draw(width)
     total, y = elementwise.norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
@@ -102,7 +101,7 @@ def test_norm_and_gate_at_real_widths(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 33])
 def test_the_likeliest_token_of_a_real_vocabulary(rows: int) -> None:
-    logits = draw(rows, 128_256 if CUDA else 5000)
+    logits = draw(rows, 128_256 if LARGE else 5000)
     logits[-1, 7] = torch.nan
     ids, finite, logprob = greedy(logits)
     assert finite.tolist() == [True] * (rows - 1) + [False]

@@ -19,9 +19,7 @@ from loramux.ops.nf4 import NF4Weight
 
 from loadtest.cli import main
 from loadtest.commands import gpu_check
-from loadtest.gpu import machine as machine_part
-from loadtest.gpu import parts, report
-from loadtest.gpu.machine import gemm
+from loadtest.gpu import gemm, parts, report
 from loadtest.gpu.parts import FIRST, PARTS, SECOND, Part, run_part
 from loadtest.gpu.peers import peers
 from loadtest.gpu.pytests import Watch
@@ -126,17 +124,17 @@ def test_random_weights_keep_the_size_of_what_goes_through() -> None:
 
 
 def test_operations_are_measured_beside_their_peers(job: Job) -> None:
-    found = done(gemm, job)
+    found = done(gemm.gemm, job)
     assert not found.problems
     assert len(found.rows) == 4 * len(DRY.gemm_rows)
     for row in found.rows:
         assert min(row["loramux"], row["bitsandbytes"], row["dense bf16"], row["× bitsandbytes"], row["floor"]) > 0
-        assert 0 < row["error"] < machine_part.MOST_ERROR
+        assert 0 < row["error"] < gemm.MOST_ERROR
 
 
 def test_a_wrong_product_is_a_problem(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_part, "error", lambda *_: float("nan"))
-    assert "q/k/v, 1 rows: wrong, error nan" in done(gemm, job).problems
+    monkeypatch.setattr(gemm, "error", lambda *_: float("nan"))
+    assert "q/k/v, 1 rows: wrong, error nan" in done(gemm.gemm, job).problems
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,6 +163,16 @@ def test_what_fails_is_told_and_the_rest_goes_on(job: Job) -> None:
     found = findings(job.report.file)
     assert found.rows == [{"rows": 1, "first": None, "second": 2.5}]
     assert found.problems == ["a cell: ZeroDivisionError: division by zero"]
+
+
+def test_what_breaks_the_device_ends_its_part(job: Job) -> None:
+    def fail(text: str) -> None:
+        raise type("AcceleratorError", (RuntimeError,), {})(text)
+
+    assert job.attempt("a graph", lambda: fail("operation not permitted when stream is capturing")) is None
+    with pytest.raises(RuntimeError, match="illegal"):
+        job.attempt("a kernel", lambda: fail("an illegal memory access was encountered"))
+    assert len(findings(job.report.file).problems) == 2
 
 
 def test_without_time_nothing_begins(tmp_path: Path) -> None:
@@ -318,7 +326,7 @@ def test_a_dry_run_leaves_its_files_whatever_becomes_of_a_part(
         return run_part(crash if "steps" in command else command, of, log, PATIENCE, show)
 
     monkeypatch.setattr(gpu_check, "run_part", watched)
-    monkeypatch.setitem(PARTS, "gemm", Part("gemm", "machine:gemm", 0.5))
+    monkeypatch.setitem(PARTS, "gemm", Part("gemm", "gemm:gemm", 0.5))
     monkeypatch.setenv("GPU_CHECK_OUT", str(tmp_path / "out"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert command(monkeypatch, "--dry-run", "--parts", "machine,steps,gemm", "--commit", "abc123") == 1

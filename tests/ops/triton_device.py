@@ -5,6 +5,7 @@ Whether it interprets is settled in tests/conftest.py, before anything imports t
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Real shapes, or small ones of the same kinds: in the interpreter, and under compute-sanitizer (GPU_SMOKE=small).
+LARGE = DEVICE.type == "cuda" and os.environ.get("GPU_SMOKE") != "small"
 EXAMPLES = 5 if DEVICE.type == "cuda" else 12  # of one property: on a device, each compiles kernels of its own
 
 
