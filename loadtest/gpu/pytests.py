@@ -16,6 +16,7 @@ from loadtest.gpu.parts import ROOT
 from loadtest.gpu.report import Job
 
 MOST_FAILURES = 20
+SKIP = "GPU_CHECK_SKIP"  # tests of the file that were run before the device broke
 # Warnings of a library in another version are no failures here, nor is anything compiled for cards that are not here.
 PYTEST = (sys.executable, "-m", "pytest")
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=", f"--rootdir={ROOT}", "-k", "not compile"]
@@ -29,6 +30,11 @@ def run_file(job: Job, file: str) -> None:
     status = pytest.main([*OPTIONS, str(ROOT / file)], plugins=[watch])
     outcomes = ("passed", "failed", "skipped", "not run")
     job.report.row({"tests": file, **{outcome: watch.count[outcome] for outcome in outcomes}})
+    if watch.broken and watch.count["not run"]:
+        # The rest in a process whose device is whole.
+        done = watch.count.total() - watch.count["not run"]
+        os.environ[SKIP] = str(int(os.environ.get(SKIP, 0)) + done)
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606
     if watch.count["not run"]:
         job.report.problem(f"{file}: {watch.count['not run']} tests were not run{watch.reason}")
     if not watch.count.total():
@@ -86,6 +92,7 @@ class Watch:
             lines = [line.strip() for line in message.splitlines() if line.strip()]
             self._job.report.problem(f"{nodeid}: {lines[-1 if len(lines) > 3 else 0] if lines else '-'}"[:300])
         if "AcceleratorError" in message:
+            self.broken = True
             self._stop("the device is broken for this process")
 
     def _stop(self, reason: str) -> None:

@@ -38,7 +38,11 @@ def fits(compiled: Compiled, capability: int) -> None:
     assert compiled.shared <= SHARED[capability], compiled
     assert compiled.spilled == 0, compiled
     if compiled.kernel in ("nf4_linear", "lora_down"):
-        assert sum(compiled.copies.values()) > 0, f"nothing is loaded while something is computed: {compiled}"
+        copies = compiled.loads["cp.async.cg"] + compiled.loads["cp.async.ca"]
+        assert copies > 0, f"nothing is loaded while something is computed: {compiled}"
+    if compiled.kernel == "nf4_linear":
+        assert compiled.loads["v4"] > 0, f"B is read in pieces: {compiled}"
+        assert compiled.loads["b16"] > 8, f"B of a rank of 4 has rows of eight bytes: {compiled}"
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

@@ -175,8 +175,8 @@ def _branches(
             factor = tl.multiple_of(factor, 16)
             h_at = ((tl.load(row + PRODUCTS) + t - start) * PARTS + part) * max_rank
             inside = (t >= start) & (t < stop)
-            # With whole eights in a row, B is read sixteen bytes at a time. Not said by multiple_of: that marks the rank
-            # itself, and so in the other branch, too.
+            # With whole eights in a row, B is read sixteen bytes at a time. multiple_of would mark the rank itself, and
+            # so in the other branch, too.
             if rank % 8 == 0:
                 acc = _up(acc, factor, rank // 8 * 8, n, rows, h, h_at, inside, BLOCK_R, WIDE)
             else:
