@@ -202,49 +202,58 @@ def _rotate_and_store(
     """Programs of a row: one for each HEADS heads of q (if it turns), then of k, then of v."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    q_tiles = tl.cdiv(heads, HEADS) if ROTARY else 0
     kv_tiles = tl.cdiv(kv_heads, HEADS)
-    if tile < q_tiles:
-        _turn(
-            q + row * q_row,
-            q_head,
-            rotated + row * heads * dim,
-            dim,
-            cosines + row * dim,
-            sines + row * dim,
-            tile * HEADS,
-            heads,
-            dim // 2,
-            HEADS,
-            HALF,
-        )
-    else:
-        slot = tl.load(slots + row)
-        if slot >= 0:
-            block, place = slot // block_size, slot % block_size
-            if tile < q_tiles + kv_tiles:
-                target = keys + block * key_block + place * key_at
-                first = (tile - q_tiles) * HEADS
-                if ROTARY:
-                    _turn(
-                        k + row * k_row,
-                        k_head,
-                        target,
-                        key_head,
-                        cosines + row * dim,
-                        sines + row * dim,
-                        first,
-                        kv_heads,
-                        dim // 2,
-                        HEADS,
-                        HALF,
-                    )
-                else:
-                    _copy(k + row * k_row, k_head, target, key_head, first, kv_heads, dim, HEADS, DIM)
+    if ROTARY:
+        if tile < tl.cdiv(heads, HEADS):
+            _turn(
+                q + row * q_row,
+                q_head,
+                rotated + row * heads * dim,
+                dim,
+                cosines + row * dim,
+                sines + row * dim,
+                tile * HEADS,
+                heads,
+                dim // 2,
+                HEADS,
+                HALF,
+            )
+        tile -= tl.cdiv(heads, HEADS)
+    slot = tl.load(slots + row)
+    if (tile >= 0) & (slot >= 0):
+        block, place = slot // block_size, slot % block_size
+        if tile < kv_tiles:
+            target = keys + block * key_block + place * key_at
+            first = tile * HEADS
+            if ROTARY:
+                _turn(
+                    k + row * k_row,
+                    k_head,
+                    target,
+                    key_head,
+                    cosines + row * dim,
+                    sines + row * dim,
+                    first,
+                    kv_heads,
+                    dim // 2,
+                    HEADS,
+                    HALF,
+                )
             else:
-                target = values + block * value_block + place * value_at
-                first = (tile - q_tiles - kv_tiles) * HEADS
-                _copy(v + row * v_row, v_head, target, value_head, first, kv_heads, value_dim, HEADS, VALUE_DIM)
+                _copy(k + row * k_row, k_head, target, key_head, first, kv_heads, dim, HEADS, DIM)
+        else:
+            target = values + block * value_block + place * value_at
+            _copy(
+                v + row * v_row,
+                v_head,
+                target,
+                value_head,
+                (tile - kv_tiles) * HEADS,
+                kv_heads,
+                value_dim,
+                HEADS,
+                VALUE_DIM,
+            )
 
 
 @triton.jit

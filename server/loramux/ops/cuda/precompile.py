@@ -308,6 +308,8 @@ def _attend(shapes: Shapes, heads: Heads, dtype: torch.dtype, launches: _Launche
         fused = empty(rows, sum(widths)).split(widths, dim=1)
         q, k, v = (part.unflatten(1, (-1, heads.dim)) for part in fused)
         turns = empty(rows, heads.dim)
+        # Some models have rotated already.
+        elementwise.rotate_and_store(q, k, v, None, None, cache, batch.slots)
         rotated = elementwise.rotate_and_store(q, k, v, turns, turns, cache, batch.slots)
         attention(rotated, k, v, cache, batch, shape, invariant=shapes.invariant)
 
