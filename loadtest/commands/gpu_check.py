@@ -27,7 +27,6 @@ from loadtest.gpu.parts import (
     ROOT,
     SECOND,
     commands,
-    python,
     run_part,
     soft_limit,
 )
@@ -95,7 +94,7 @@ def gpu_check(
                 continue
             err.print(f"{title}: at most {limit:.0f} s …")
             options = ["--rows", str(rows), "--run", run, "--seconds", f"{soft_limit(limit):.1f}"]
-            command = python("gpu-part", *arguments, *options, *["--dry-run"] * dry_run)
+            command = [sys.executable, "-m", "loadtest", "gpu-part", *arguments, *options, *["--dry-run"] * dry_run]
             passed &= run_part(command, report, out / "log", limit, show)
             (out / "gpu.md").write_text(render(read(rows)))
     runs = read(rows)
@@ -112,7 +111,9 @@ def show(line: dict[str, Any]) -> None:
     """A finding, as it comes."""
     for what, style in (("row", ""), ("note", "dim"), ("problem", "red")):
         if what in line:
-            text = ", ".join(f"{k}: {cell(v)}" for k, v in line["row"].items()) if what == "row" else line[what]
+            text = (
+                ", ".join(f"{k}: {cell(v)}" for k, v in line["row"].items() if v != "") if what == "row" else line[what]
+            )
             err.print(f"  {line['table']}: {text}", style=style, soft_wrap=True, markup=False)
 
 
@@ -153,10 +154,8 @@ def require_device() -> None:
 
 def checked_out() -> str:
     """The commit of this checkout, marked if files differ from it; "unknown" where there is no git."""
-    git = ["git", "-C", str(ROOT)]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
