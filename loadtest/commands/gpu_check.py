@@ -27,7 +27,6 @@ from loadtest.gpu.parts import (
     ROOT,
     SECOND,
     commands,
-    python,
     run_part,
     soft_limit,
 )
@@ -46,7 +45,7 @@ def gpu_check(
     parts: Annotated[str, typer.Option(help=f"Parts, in this order: {', '.join(PARTS)}; or none. [default: all]")] = "",
     first: Annotated[bool, typer.Option("--first", help=f"The first run: {', '.join(FIRST)}.")] = False,
     second: Annotated[bool, typer.Option("--second", help=f"The second run: {', '.join(SECOND)}.")] = False,
-    seconds: Annotated[float, typer.Option(min=1, help="Most seconds that all may take together.")] = 240,
+    seconds: Annotated[float, typer.Option(min=1, help="Most seconds that all may take together.")] = 300,
     out: Annotated[
         Path, typer.Option(envvar="GPU_CHECK_OUT", help="The output folder; lines are added to those that it has.")
     ] = CACHE / "out",
@@ -80,9 +79,7 @@ def gpu_check(
     if names:
         Report(rows, run, "machine").commit(commit or checked_out())
         os.environ.setdefault("TRITON_CACHE_DIR", str(KERNELS))
-        if (carried := CACHE / ARCHIVE).exists():
-            with tarfile.open(carried) as archive:
-                archive.extractall(os.environ["TRITON_CACHE_DIR"], filter="data")
+        unpack(CACHE / ARCHIVE)
     passed = True
     for name in names:
         for title, arguments in commands(name):
@@ -95,24 +92,43 @@ def gpu_check(
                 continue
             err.print(f"{title}: at most {limit:.0f} s …")
             options = ["--rows", str(rows), "--run", run, "--seconds", f"{soft_limit(limit):.1f}"]
-            command = python("gpu-part", *arguments, *options, *["--dry-run"] * dry_run)
+            command = [sys.executable, "-m", "loadtest", "gpu-part", *arguments, *options, *["--dry-run"] * dry_run]
             passed &= run_part(command, report, out / "log", limit, show)
-            (out / "gpu.md").write_text(render(read(rows)))
-    runs = read(rows)
-    (out / "gpu.md").write_text(render(runs))
+            write(out)
+    text = write(out)
     if document:
-        update(DOCUMENT, render(runs))
-    (out / "gpu.json").write_text(json.dumps([asdict(run) for run in runs]) + "\n")
+        update(DOCUMENT, text)
     emit({"verdict": "pass" if passed else "fail", "run": run, "out": str(out)})
     if not passed:
         raise typer.Exit(1)
+
+
+def unpack(archive: Path) -> None:
+    """Kernels that an earlier run has packed, if there are any; without them they are compiled."""
+    try:
+        with tarfile.open(archive) as packed:
+            packed.extractall(os.environ["TRITON_CACHE_DIR"], filter="data")
+        err.print(f"kernels from {archive}", soft_wrap=True)
+    except FileNotFoundError:
+        pass
+    except (tarfile.TarError, OSError, EOFError) as error:
+        err.print(f"{archive}: {error}", style="red", soft_wrap=True)
+
+
+def write(out: Path) -> str:
+    """gpu.md and gpu.json of all lines so far; returns the first."""
+    runs = read(out / "rows.jsonl")
+    (out / "gpu.md").write_text(text := render(runs))
+    (out / "gpu.json").write_text(json.dumps([asdict(run) for run in runs]) + "\n")
+    return text
 
 
 def show(line: dict[str, Any]) -> None:
     """A finding, as it comes."""
     for what, style in (("row", ""), ("note", "dim"), ("problem", "red")):
         if what in line:
-            text = ", ".join(f"{k}: {cell(v)}" for k, v in line["row"].items()) if what == "row" else line[what]
+            found = line[what]
+            text = ", ".join(f"{k}: {cell(v)}" for k, v in found.items() if v != "") if what == "row" else found
             err.print(f"  {line['table']}: {text}", style=style, soft_wrap=True, markup=False)
 
 
@@ -153,10 +169,8 @@ def require_device() -> None:
 
 def checked_out() -> str:
     """The commit of this checkout, marked if files differ from it; "unknown" where there is no git."""
-    git = ["git", "-C", str(ROOT)]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -127,11 +126,6 @@ def run_part(
         report.problem(f"ended with status {status}{where}: {lines[-1] if lines else 'nothing in the log'}")
     follow()
     return passed
-
-
-def python(*arguments: str) -> list[str]:
-    """A command of this package, by this Python."""
-    return [sys.executable, "-m", "loadtest", *arguments]
 
 
 def pack(job: Job) -> None:

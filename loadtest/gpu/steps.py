@@ -24,7 +24,7 @@ from loadtest.gpu.timing import Took, synchronize, took, watch_replays
 BLOCK = 16  # tokens of a KV block, as the server has it
 PREFILL_ROWS = 2048
 PROFILED = 10
-MOST_KERNELS = 20
+MOST_KERNELS = 16
 
 
 def steps(job: Job) -> None:

@@ -18,7 +18,6 @@ MOST = 60 << 20  # bytes, of the tree and the wheels
 PACKAGES = """annotated-types bitsandbytes gguf googleapis-common-protos grpcio grpcio-health-checking grpcio-reflection
     grpcio-status hypothesis iniconfig peft pluggy prometheus-client protobuf pydantic pydantic-core pytest
     pytest-asyncio pytest-timeout rich typer typing-extensions typing-inspection"""
-KEPT = "cuda130"  # of bitsandbytes' libraries: each CUDA release has one of its own
 
 
 def download() -> None:
@@ -32,17 +31,15 @@ def download() -> None:
 
 def cut(wheel: Path) -> None:
     """Take other devices' libraries out of bitsandbytes' wheel, and out of its RECORD."""
-    whole = zipfile.ZipFile(wheel)
-    out = re.compile(rf"bitsandbytes/libbitsandbytes_(?!{KEPT}\.|cpu\.)")
+    other = re.compile(rb"bitsandbytes/libbitsandbytes_(?!cuda130\.|cpu\.)")
     smaller = wheel.with_suffix(".part")
-    with whole, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as target:
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as target:
         for entry in whole.infolist():
-            if out.match(entry.filename):
-                continue
             data = whole.read(entry)
             if entry.filename.endswith(".dist-info/RECORD"):
-                data = b"".join(line for line in data.splitlines(keepends=True) if not out.match(line.decode()))
-            target.writestr(entry, data)
+                data = b"".join(line for line in data.splitlines(keepends=True) if not other.match(line))
+            if not other.match(entry.filename.encode()):
+                target.writestr(entry, data)
     smaller.replace(wheel)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +21,7 @@ from loramux.ops.nf4 import NF4Weight
 
 from loadtest.cli import main
 from loadtest.commands import gpu_check
-from loadtest.gpu import gemm, parts, report
+from loadtest.gpu import gemm, parts, pytests, report
 from loadtest.gpu.parts import FIRST, PARTS, SECOND, Part, run_part
 from loadtest.gpu.peers import peers
 from loadtest.gpu.pytests import Watch
@@ -224,7 +226,23 @@ def test_a_part_that_overruns_its_limit_is_killed_with_its_servers(tmp_path: Pat
             time.sleep(0.05)
 
 
-def test_tests_are_counted_and_end_with_the_device(job: Job) -> None:
+def test_compiled_kernels_are_packed_if_they_are_small_enough(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = job.report.file.parent / "cache"
+    (cache / "KEY").mkdir(parents=True)
+    for name in ("a.cubin", "a.json", "a.ttgir"):
+        (cache / "KEY" / name).write_text(name)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    archive = job.report.file.parent / parts.ARCHIVE
+    parts.pack(job)
+    with tarfile.open(archive) as packed:
+        assert sorted(packed.getnames()) == ["KEY/a.cubin", "KEY/a.json"]
+    monkeypatch.setattr(parts, "MOST_ARCHIVE", 10)
+    parts.pack(job)
+    assert not archive.exists()
+    assert "not kept" in findings(job.report.file).problems[0]
+
+
+def test_tests_are_counted_and_end_with_the_device(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(job)
     ids = ["t/a.py::one", "t/a.py::two", "t/a.py::three", "t/a.py::four"]
     session: Any = SimpleNamespace(shouldstop=False, items=ids)
@@ -244,11 +262,39 @@ def test_tests_are_counted_and_end_with_the_device(job: Job) -> None:
         tell(nodeid, "teardown", "passed")
         watch.pytest_runtest_logfinish()
     assert session.shouldstop == "the device is broken for this process"
+    assert watch.broken
     assert watch.count == {"passed": 1, "failed": 2, "not run": 1}
     assert findings(job.report.file).problems == [
         "t/a.py::two: E: 3 is not 4",
         "t/a.py::three: AcceleratorError: misaligned address",
     ]
+
+
+def test_after_a_broken_device_the_rest_of_a_file_runs_in_a_new_process(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Told by a file whose first test says what a broken device says."""
+    (tmp_path / "test_it.py").write_text(
+        "def test_a(): raise RuntimeError('AcceleratorError')\ndef test_b(): pass\ndef test_c(): pass\n"
+    )
+    command = [sys.executable, "-c", RUN_FILE, str(job.report.file), str(tmp_path / "test_it.py")]
+    for name in ("PYTEST_CURRENT_TEST", pytests.SKIP):
+        monkeypatch.delenv(name, raising=False)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=parts.ROOT)
+    found = findings(job.report.file)
+    assert [[row[n] for n in ("passed", "failed", "not run")] for row in found.rows] == [[0, 1, 2], [2, 0, 0]]
+    assert len(found.problems) == 1
+
+
+RUN_FILE = """
+import pathlib, sys, time
+from dataclasses import replace
+from loadtest.gpu import pytests
+from loadtest.gpu.report import Job, Report
+from loadtest.gpu.scale import DRY
+job = Job(replace(DRY, device="cuda"), Report(pathlib.Path(sys.argv[1]), "run", "table"), time.monotonic() + 60)
+pytests.run_file(job, sys.argv[2])
+"""
 
 
 def test_the_document_has_the_last_run_of_each_table_and_device(tmp_path: Path) -> None:
