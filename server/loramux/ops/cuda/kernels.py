@@ -267,6 +267,7 @@ def nf4_linear(
     EXTRAS: tl.constexpr,
     SHARED: tl.constexpr,
     SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -319,35 +320,37 @@ def nf4_linear(
     chunk: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
     begin = split * chunk
     end = tl.minimum(begin + chunk, blocks)
-    # Shares are rounded up, so that the last may have no block; what is read ahead of it then is never used.
-    ahead = tl.minimum(begin, blocks - 1)
+    # Shares are rounded up, so that the last may have no block; what is read for its first one then is never used.
+    near = tl.minimum(begin, blocks - 1)
     # Indices of absmax are read two blocks ahead and looked up one block ahead: a chain of two latencies.
-    quantized = tl.load(absmax_at + ahead * TILE)
+    quantized = tl.load(absmax_at + near * TILE)
     if DOUBLE:
         tables += part * NESTED
         offset = tl.load(offsets + part)
         in_group = tl.minimum(n, rows - 1) * blocks
         scale = tl.load(tables + quantized.to(tl.int32))
-        scale = scale * tl.load(group_scales + group + ((in_group + ahead) >> NESTED_BITS)) + offset
+        scale = scale * tl.load(group_scales + group + ((in_group + near) >> NESTED_BITS)) + offset
     else:
         scale = quantized
-    quantized = tl.load(absmax_at + tl.minimum(ahead + 1, blocks - 1) * TILE)
+    quantized = tl.load(absmax_at + tl.minimum(near + 1, blocks - 1) * TILE)
     acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
-    for block in range(begin, end):
-        packed = tl.load(code_at + block * TILE_BYTES)
-        x_first = tl.load(x_at + block * BLOCK, mask=present, other=0.0)
-        x_second = tl.load(x_at + block * BLOCK + 32, mask=present, other=0.0)
-        first, second = nf4_values(packed, values, DTYPE, ASSEMBLY)
-        product = _dot(first, x_first, tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32), WIDE)
-        product = _dot(second, x_second, product, WIDE)
-        acc += product * scale[:, None]
-        if DOUBLE:
-            scale = tl.load(tables + quantized.to(tl.int32))
-            following = tl.minimum(block + 1, blocks - 1)
-            scale = scale * tl.load(group_scales + group + ((in_group + following) >> NESTED_BITS)) + offset
-        else:
-            scale = quantized
-        quantized = tl.load(absmax_at + tl.minimum(block + 2, blocks - 1) * TILE)
+    for turn in range(begin, end, UNROLL):
+        for ahead in tl.static_range(UNROLL):
+            block = turn + ahead
+            packed = tl.load(code_at + block * TILE_BYTES)
+            x_first = tl.load(x_at + block * BLOCK, mask=present, other=0.0)
+            x_second = tl.load(x_at + block * BLOCK + 32, mask=present, other=0.0)
+            first, second = nf4_values(packed, values, DTYPE, ASSEMBLY)
+            product = _dot(first, x_first, tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32), WIDE)
+            product = _dot(second, x_second, product, WIDE)
+            acc += product * scale[:, None]
+            if DOUBLE:
+                scale = tl.load(tables + quantized.to(tl.int32))
+                following = tl.minimum(block + 1, blocks - 1)
+                scale = scale * tl.load(group_scales + group + ((in_group + following) >> NESTED_BITS)) + offset
+            else:
+                scale = quantized
+            quantized = tl.load(absmax_at + tl.minimum(block + 2, blocks - 1) * TILE)
 
     if LORA:
         if SHARED:

@@ -49,12 +49,13 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Outputs and rows of a program's tile, its warps, and the loads it keeps in flight."""
+    """Outputs and rows of a program's tile, its warps, the turns whose loads it keeps in flight, and blocks a turn."""
 
     outputs: int
     rows: int
     warps: int
     stages: int
+    blocks: int = 1
 
 
 def tiling(rows: int, *, invariant: bool) -> Tiling:
@@ -230,6 +231,7 @@ class TritonLinear(FusedLinear):
             EXTRAS=lora and segments.extras,
             SHARED=not self._invariant,
             SPLITS=splits,
+            UNROLL=shape.blocks if _whole_turns(tiled.k // BLOCK_SIZE, splits, shape.blocks) else 1,
             BLOCK_N=shape.outputs,
             BLOCK_T=shape.rows,
             BLOCK_R=16 if segments.max_rank <= 16 and not self._invariant else 32,
@@ -283,6 +285,11 @@ class TritonLinear(FusedLinear):
         while programs * splits < _ENOUGH_PROGRAMS and splits < _MAX_SPLITS and blocks // (2 * splits) >= _LEAST_BLOCKS:
             splits *= 2
         return splits
+
+
+def _whole_turns(blocks: int, splits: int, turn: int) -> bool:
+    """Whether all shares of a number of blocks are whole turns."""
+    return blocks % turn == 0 and -(-blocks // splits) % turn == 0
 
 
 def _nf4(parts: Sequence[LinearPart]) -> list[NF4Weight] | None:
