@@ -19,7 +19,7 @@ from loramux.model.attention import NAME as ATTENTION
 from loramux.model.causal_lm import CausalLM, ModelFacts, flat_inputs
 from loramux.model.loading import DTYPES, context_limit
 from loramux.model.refusal import refuse_by_name
-from loramux.model.selftest import BLOCK, driven_flat
+from loramux.model.selftest import BLOCK, driven_flat, require_paged_attention
 from loramux.model.shortcut import Shortcut
 from loramux.model.skeleton import build_skeleton
 from loramux.model.sources import read_config
@@ -100,6 +100,7 @@ def outline(source: str, *, dtype: str = "auto", max_context: int | None = None)
     model = CausalLM(source, skeleton, linears, step, frozenset(), _META, compute, limit)
     with driven_flat(model):
         model.forward(flat_inputs([([0, 1], 0)], BLOCK))
+        require_paged_attention(model)
     capture = Shortcut.knows(skeleton) and compute in TRITON_DTYPES
     return Outline(model.facts, model.sites, compute, model.kv_bytes_per_token, capture)
 
