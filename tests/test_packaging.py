@@ -96,7 +96,9 @@ def test_a_client_needs_no_package_of_the_server(
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["demo"], ["merge", "a", "--out", "b"], ["quantize", "a", "b"]], ids=" ".join
+    "command",
+    [["serve"], ["demo"], ["merge", "a", "--out", "b"], ["quantize", "a", "b"], ["plan", "a", "--gpu-memory", "1GiB"]],
+    ids=" ".join,
 )
 def test_a_server_that_is_not_installed_is_one_sentence(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
