@@ -52,7 +52,7 @@ check-install: $(VENV)/.tools ## Resolve the requirements and pins against the i
 	.ci/resolve $(BIN)/uv
 
 check-py312: $(PY312)/.test ## Run the tests that need no torch on Python 3.12 (PYTHON312=python3.12)
-	$(PY312)/bin/python -m pytest
+	PYTHONPATH="$(CURDIR)/server:$(CURDIR)" $(PY312)/bin/python -m pytest
 
 check-oldest: $(OLDEST)/.test ## Import everything and run quick tests on Python 3.12 with the oldest torch, transformers and Triton
 	$(OLDEST)/bin/python -m pytest tests/test_imports.py tests/ops/test_triton_elementwise.py tests/model/test_outline.py \
@@ -103,7 +103,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(PY312)/.test: pyproject.toml constraints.txt .ci/without-torch
 	$(PYTHON312) -m venv $(PY312)
 	$(PY312)/bin/python .ci/without-torch > $(PY312)/requirements.txt
-	$(PY312)/bin/$(PIP_INSTALL) -c constraints.txt -r $(PY312)/requirements.txt -e .
+	$(PY312)/bin/$(PIP_INSTALL) -c constraints.txt -r $(PY312)/requirements.txt
 	touch $@
 
 $(OLDEST)/.test: pyproject.toml

@@ -32,6 +32,7 @@ os.environ.setdefault("LORAMUX_THREADS", "1")
 if torch is not None:
     torch.set_num_threads(1)
 
+collect_ignore = ["server"] if torch is None else []  # its conftest.py needs torch
 _NEED_TORCH = re.compile("No module named '(torch|transformers|bitsandbytes|triton|peft)'")
 
 
