@@ -30,15 +30,16 @@ from loramux.ops.backend import Backend, LinearPart, SiteSegment
 from loramux.ops.dense import DenseWeight
 from loramux.ops.nf4 import NF4Weight
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
-from loramux.ops.select import TRITON_DTYPES
+from loramux.ops.select import takes_kernels
 from loramux.ops.site import Site
 
 _META = torch.device("meta")
+_CAPABILITY = (8, 0)  # of the GPU that is planned for
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A model on a GPU of compute capability 8.0 or more, as far as memory is planned by it (kv_capacity.PlannedModel).
+    """A model on a GPU that takes the Triton kernels, as far as memory is planned by it (kv_capacity.PlannedModel).
 
     facts, sites, dtype, kv_bytes_per_token, can_capture  see CausalLM
     """
@@ -101,7 +102,7 @@ def outline(source: str, *, dtype: str = "auto", max_context: int | None = None)
     with driven_flat(model):
         model.forward(flat_inputs([([0, 1], 0)], BLOCK))
         require_paged_attention(model)
-    capture = Shortcut.knows(skeleton) and compute in TRITON_DTYPES
+    capture = Shortcut.knows(skeleton) and takes_kernels(_CAPABILITY, compute)
     return Outline(model.facts, model.sites, compute, model.kv_bytes_per_token, capture)
 
 
