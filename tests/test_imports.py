@@ -91,3 +91,19 @@ def test_policy_and_faces_never_import_torch() -> None:
     code = "import sys\nfor name in sys.argv[1:]:\n    __import__(name)\n    assert 'torch' not in sys.modules, name"
     done = subprocess.run([sys.executable, "-c", code, *TORCH_FREE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_can_be_imported() -> None:
+    """Names that a library got or lost between the versions that are supported: `make check-oldest` has the oldest."""
+    pytest.importorskip("torch")
+    code = """
+import importlib, pkgutil, loadtest, loramux
+for package in (loramux, loadtest):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+            print(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"loramux.ops.cuda.linear", "loramux.model.weights", "loadtest.gpu.steps"} <= set(done.stdout.split())

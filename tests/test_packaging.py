@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_every_requirement_ends_where_it_was_tried() -> None:
     assert not endless
 
 
+def test_the_oldest_libraries_that_are_checked_are_the_oldest_supported() -> None:
+    (line,) = re.findall(r"^OLDEST_LIBRARIES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    lower = {r.name: bound.version for r in DIRECT for bound in r.specifier if bound.operator == ">="}
+    names = ("torch", "transformers", "triton")
+    assert line.split() == [f"{name}=={lower[name]}.*" for name in names]
+    assert all(GPU[name].startswith(lower[name] + ".") for name in names)
+
+
 def test_every_requirement_has_a_pin_within_its_bounds() -> None:
     beyond = [str(r) for r in DIRECT if PINS.get(canonicalize_name(r.name), Version("0")) not in r.specifier]
     beyond += [str(r) for r in DIRECT if r.name in GPU and GPU[r.name] not in r.specifier]
@@ -59,6 +68,7 @@ def test_every_requirement_has_a_pin_within_its_bounds() -> None:
 @pytest.fixture(scope="module")
 def beyond() -> list[str]:
     """The top-level packages installed here that a client does not bring."""
+    pytest.importorskip("torch")
     brought = {"loramux"}
     queue = list(CLIENT)
     while queue:
@@ -96,7 +106,9 @@ def test_a_client_needs_no_package_of_the_server(
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["demo"], ["merge", "a", "--out", "b"], ["quantize", "a", "b"]], ids=" ".join
+    "command",
+    [["serve"], ["demo"], ["merge", "a", "--out", "b"], ["quantize", "a", "b"], ["plan", "a", "--gpu-memory", "1GiB"]],
+    ids=" ".join,
 )
 def test_a_server_that_is_not_installed_is_one_sentence(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

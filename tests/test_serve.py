@@ -19,6 +19,8 @@ import pytest
 from loramux import serve
 from loramux.rpc.server import Addresses
 
+pytest.importorskip("torch", reason="the command asks for all that the server needs")
+
 # Runs `loramux serve` with a stand-in for what loads models, which does what SCRIPT says.
 PROGRAM = """
 import sys, time, types

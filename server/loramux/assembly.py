@@ -29,7 +29,7 @@ from loramux.lora.roots import AdapterRoots
 from loramux.lora.snapshot import measure
 from loramux.merge_process import MergeProcess
 from loramux.model.embedded import EMBEDDED
-from loramux.model.kv_capacity import kv_blocks, step_bytes
+from loramux.model.kv_capacity import free_bytes, kv_blocks
 from loramux.model.loading import LoadedModel, load_model, pick_device
 from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
@@ -101,9 +101,7 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
         # milliseconds after each use, on the cores where these are to run.
         torch.set_num_threads(1)
     block_size = EngineSettings().block_size
-    most = settings.max_batch_rows * -(-model.max_context // block_size)
-    step = step_bytes(model, settings.max_batch_tokens, settings.max_batch_rows)
-    blocks = kv_blocks(model, settings.kv_memory, block_size, most, adapters=settings.adapter_memory, step=step)
+    blocks = kv_blocks(model, settings, block_size, free_bytes(model.device))
     try:
         model.allocate_kv(blocks, block_size)
     except torch.OutOfMemoryError as error:

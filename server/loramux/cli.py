@@ -1,4 +1,5 @@
-"""The command line: serve, demo, generate, adapters, merge, quantize. Turns words into calls and errors into sentences.
+"""The command line: serve, demo, plan, generate, adapters, merge, quantize. Turns words into calls and errors into
+sentences.
 
 Every command exits with 0, or with 1 after a failure that it has named in one sentence, or with 2 for words that it
 does not take; `serve` with 70, too, when its device is lost. Heavy imports (torch) happen inside the commands that need
@@ -17,7 +18,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -25,7 +28,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.text import Text
 
-from loramux import config, logs
+from loramux import config, logs, values
 from loramux.errors import LoramuxError, StartupError
 from loramux.escaping import escape
 from loramux.terminal import Terminal, generated, sentence
@@ -122,11 +125,11 @@ def _say(text: str) -> None:
     console.print(escape(text), soft_wrap=True)
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each setting of `config`, with the help that stands there."""
+def _with_settings(command: Callable[..., None], names: Collection[str] | None = None) -> Callable[..., None]:
+    """Give a command one flag for each setting of `config`, or those of `names`, with the help that stands there."""
+    known = {name: option for name, option in config.options().items() if names is None or name in names}
 
     def run(**given: Any) -> None:
-        known = config.options()
         flags = {name: given.pop(name) for name in known}
         own = {name: value for name, value in given.items() if name != "config_file"}
         command(config.load(flags, file=given["config_file"]), **own)
@@ -141,7 +144,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
             ],
         )
     ]
-    for option in config.options().values():
+    for option in known.values():
         shown = "" if option.default in (None, ()) else f" [dim]Default: {_shown(option.default)}.[/]"
         switch = isinstance(option.default, bool)  # a flag without a value
         declared = typer.Option(
@@ -208,6 +211,46 @@ def demo(
     from loramux.demo import run
 
     run(model, adapter_dir, console)
+
+
+_PLANNED = ("dtype", "max_context", "adapter_memory", "kv_memory", "max_batch_tokens", "max_batch_rows")
+
+
+@app.command()
+@partial(_with_settings, names=_PLANNED)
+def plan(
+    settings: config.Settings,
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's folder, or its config.json alone.")],
+    gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU, e.g. 24GiB.", metavar="SIZE")],
+    rank: Annotated[str, typer.Option(help="Rank of the adapters to count, on all linear layers.")] = "16",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what fits on a GPU, before there is one: weights, KV cache, adapters. Needs no GPU and reads no weights.
+
+    The server plans its memory by the same code, once it has loaded. Exits with 1 if the model does not fit.
+
+    Example: loramux plan ./Llama-3-8B/config.json --gpu-memory 24GiB --max-context 8192
+    """
+    size = _parsed(values.SIZE, "--gpu-memory", gpu_memory)
+    of_rank = _parsed(values.integer("RANK", 1, 4096), "--rank", rank)
+    _require_server()
+    from loramux.plan import plan
+    from loramux.tables import plan_table
+
+    planned = plan(source, settings, size, of_rank)
+    if as_json:
+        print(json.dumps(asdict(planned)))
+    else:
+        console.print(plan_table(planned))
+    if planned.problem is not None:
+        raise StartupError(planned.problem)
+
+
+def _parsed(kind: values.Kind, flag: str, given: str) -> Any:
+    try:
+        return kind.parse(given)
+    except ValueError as allowed:
+        raise StartupError(f"{flag}: {given!r} is not allowed; give {allowed}") from None
 
 
 @app.command()

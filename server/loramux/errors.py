@@ -20,6 +20,7 @@
     ├── Unimplemented         UNIMPLEMENTED        part of the contract that this build does not serve yet
     ├── EngineFault           INTERNAL             a defect; the text tells clients nothing of the internals
     └── StartupError          (never on the wire)  the server cannot start: model, device, files, ports
+        ├── TooLittleMemory                        weights, adapters, a step and one request do not fit
         └── UnsupportedModel                       a base model that cannot be driven flat, refused by name
 
     DeviceLost              no LoramuxError, and no Exception: the device has failed for good, and only a new process
@@ -246,6 +247,14 @@ class StartupError(LoramuxError):
     """The server cannot start; the command line prints the sentence and exits with 1."""
 
     reason = "STARTUP"
+
+
+class TooLittleMemory(StartupError):
+    """What was asked for does not fit into the memory that is there; `missing` bytes more would do."""
+
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class UnsupportedModel(StartupError):

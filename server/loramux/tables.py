@@ -17,6 +17,7 @@ from loramux.terminal import safe
 
 if TYPE_CHECKING:
     from loramux.assembly import Application
+    from loramux.plan import Plan
     from loramux.rpc.server import Addresses
 
 
@@ -58,6 +59,33 @@ def startup_table(application: Application, addresses: Addresses) -> Table:
     table.add_row("requests", safe(f"gRPC on {addresses.public}" + (" (TLS)" if settings.tls_cert else "")))
     table.add_row("admin", safe(f"gRPC on {addresses.admin}"))
     table.add_row("metrics", safe(f"http://{addresses.metrics}/metrics" if addresses.metrics else "off"))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """`loramux plan`: what takes how much of a GPU's memory, and what that holds."""
+    table = Table(title="loramux plan", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+    table.add_row("model", "", safe(f"{plan.model}: {plan.architecture}, {plan.parameters / 1e6:.1f} M parameters"))
+    table.add_row("GPU memory", size(plan.gpu_bytes), "")
+    table.add_row("CUDA context", size(plan.cuda_context_bytes), "an estimate; the server measures it")
+    if plan.nf4_bytes:
+        table.add_row("quantized weights", size(plan.nf4_bytes), f"NF4, {plan.bits_per_weight:.3f} bits each")
+    table.add_row("dense weights", size(plan.dense_bytes), f"{plan.dtype}: embedding, head, norms, biases")
+    one = f"{size(plan.one_adapter_bytes)} each of rank {plan.rank} on all {plan.linear_layers} linear layers"
+    table.add_row("adapters", size(plan.adapter_bytes), f"{plan.adapters:,} fit at once: {one} (--adapter-memory)")
+    table.add_row("step", size(plan.step_bytes), "at most, for a while (--max-batch-tokens)")
+    table.add_row("CUDA graphs", size(plan.graphs_bytes), "at most" if plan.graphs_bytes else "none for this model")
+    if plan.problem is None:
+        held = f"{plan.sequences:,} sequences of {plan.max_context:,} (--max-context)"
+        bound = ", all that --max-batch-rows lets run" if plan.kv_bounded else ""
+        told = f"{plan.kv_tokens:,} tokens, {size(plan.kv_bytes_per_token)} each: {held}{bound}"
+        table.add_row("KV cache", size(plan.kv_bytes), told)
+        table.add_row("left", size(plan.unused_bytes), "")
+    else:
+        table.add_row("missing", size(plan.missing_bytes), "")
     return table
 
 

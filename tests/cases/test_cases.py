@@ -30,6 +30,7 @@ UNTIMED = [case for folder in folders() for case in cases(folder) if case.stem n
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    pytest.importorskip("torch")
     with environment(tmp_path_factory.mktemp("server")) as variables:
         yield variables
 

@@ -36,6 +36,7 @@ def test_they_are_small_and_of_different_kinds() -> None:
 @pytest.mark.timeout(900)
 def test_they_do_their_tasks_in_a_mixed_batch_as_alone_and_the_base_does_not() -> None:
     """Fewer cases than `python -m adapters.recipes.score` runs for the README's table, with the same bounds."""
+    pytest.importorskip("torch")
     with serving("smollm2", ROOT, NAMES) as ports:
         scores = asyncio.run(score(ports["public"], NAMES, cases=12))
     for s in scores:

@@ -92,6 +92,7 @@ def test_a_line_is_the_median_and_its_runs() -> None:
 
 
 def test_operations_are_measured_beside_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
     monkeypatch.setattr("loadtest.kernels.SHAPES", {"small": (64, (32, 16))})
     monkeypatch.setattr("loadtest.kernels.HEAD", (64, 100))
     found = {fields["bench"]: fields for fields in kernels(runs=1)}
@@ -129,12 +130,14 @@ def test_wrong_words_are_told_before_anything_is_measured(
 
 
 def test_without_native_operations_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
     monkeypatch.setenv("LORAMUX_ISA", "none")
     with pytest.raises(ValueError, match="no native operations to measure: LORAMUX_ISA=none"):
         next(kernels(runs=1))
 
 
 def test_llama_cpp_gets_every_factor(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     import gguf
 
     from loadtest.peers.llama_peer import convert

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from loramux.errors import StartupError
+from loramux.config import Settings
+from loramux.errors import TooLittleMemory
 from loramux.model import kv_capacity
 from loramux.model.graphs import MEMORY as GRAPHS
 from loramux.ops.site import Site
@@ -30,49 +31,61 @@ def model(device: str, **facts: Any) -> Any:
     )
 
 
+def blocks(device: str, memory: Memory | None, adapters: int = 300 * MIB, rows: int = 1000) -> int:
+    """Of 1000 MiB; a step and the graphs take 100 MiB."""
+    settings = Settings(kv_memory=memory, adapter_memory=adapters, max_batch_rows=rows, max_batch_tokens=1000)
+    return kv_capacity.kv_blocks(model(device), settings, 16, 1000 * MIB)
+
+
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_capacity, "free_bytes", lambda device: 1000 * MIB)
+def step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_capacity, "step_bytes", lambda model, tokens, rows: 60 * MIB)
+    monkeypatch.setattr(kv_capacity, "GRAPHS", 40 * MIB)
 
 
-@pytest.mark.usefixtures("free")
+@pytest.mark.usefixtures("step")
 def test_what_is_taken_later_is_left_alone_on_a_gpu() -> None:
-    def blocks(device: str, memory: Memory | None, most: int = 10000) -> int:
-        return kv_capacity.kv_blocks(model(device), memory, 16, most, adapters=300 * MIB, step=100 * MIB)
-
     assert blocks("cuda", None) == int(0.85 * 600)
     assert blocks("cuda", Memory(fraction=0.5)) == 300
     assert blocks("cuda", Memory(bytes=600 * MIB)) == 600
-    assert blocks("cuda", None, most=70) == 70
+    assert blocks("cuda", None, rows=2) == 2 * 64
     assert blocks("cpu", None) == 100, "a CPU's adapters are not taken from what is free now"
     assert blocks("cpu", Memory(bytes=900 * MIB)) == 900
-    assert blocks("cpu", Memory(bytes=2000 * MIB), most=70) == 70
-    with pytest.raises(StartupError, match="2000 MiB, of which 1500 MiB could ever be used, are more than"):
-        blocks("cpu", Memory(bytes=2000 * MIB), most=1500)
+    assert blocks("cpu", Memory(bytes=2000 * MIB), rows=2) == 2 * 64
+    with pytest.raises(TooLittleMemory, match="2000 MiB, of which 1280 MiB could ever be used, are more than"):
+        blocks("cpu", Memory(bytes=2000 * MIB), rows=20)
 
 
-@pytest.mark.usefixtures("free")
+@pytest.mark.usefixtures("step")
 @pytest.mark.parametrize(
-    ("memory", "adapters", "sentence"),
+    ("memory", "adapters", "missing", "sentence"),
     [
         (
-            None,
+            Memory(fraction=0.5),
             900 * MIB,
-            r"cuda: of 1000 MiB that the weights leave, adapters may take 900 MiB \(--adapter-memory\) and a step "
-            r"takes 40 MiB \(--max-batch-tokens\); the KV cache of one request of 1024 tokens needs 64 MiB",
+            128 * MIB + 1,  # half of it for one request
+            r"cuda: of 1000 MiB that the weights leave, adapters may take 900 MiB \(--adapter-memory\), a step 60 MiB "
+            r"\(--max-batch-tokens\) and CUDA graphs 40 MiB; the KV cache of one request of 1024 tokens needs 64 MiB",
         ),
-        (None, 2000 * MIB, "adapters may take 2000 MiB"),
-        (Memory(bytes=700 * MIB), 300 * MIB, "--kv-memory: 700 MiB are more than the 660 MiB that weights, adapters"),
-        (Memory(bytes=63 * MIB), 0, "--kv-memory: 63 MiB hold 1008 tokens, less than one request of 1024 tokens"),
+        (Memory(bytes=70 * MIB), 2000 * MIB, 1170 * MIB, "adapters may take 2000 MiB"),
+        (Memory(bytes=700 * MIB), 300 * MIB, 100 * MIB, "--kv-memory: 700 MiB are more than the 600 MiB that weights"),
+        (Memory(bytes=63 * MIB), MIB, MIB, "--kv-memory: 63 MiB hold 1008 tokens, less than one request of 1024"),
+        (Memory(fraction=0.5), 800 * MIB, 28 * MIB + 1, "--kv-memory: 50 MiB hold 800 tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_figures(memory: Memory | None, adapters: int, sentence: str) -> None:
-    with pytest.raises(StartupError, match=sentence):
-        kv_capacity.kv_blocks(model("cuda"), memory, 16, 10000, adapters=adapters, step=40 * MIB)
+def test_what_does_not_fit_is_refused_with_figures(memory: Memory, adapters: int, missing: int, sentence: str) -> None:
+    with pytest.raises(TooLittleMemory, match=sentence) as refused:
+        blocks("cuda", memory, adapters)
+    assert refused.value.missing == missing
 
 
 def test_the_bytes_of_a_step() -> None:
     """3 operations' inputs and outputs twice and a dense weight, in 16 bits; logits in 16 bits and thrice in 32."""
     layer = 3 * 2 * (2 * 10 * 256 + 64 * 192)
-    assert kv_capacity.step_bytes(model("cuda"), 10, 4) == layer + 4 * 1000 * (2 + 12) + GRAPHS
-    assert kv_capacity.step_bytes(model("cpu"), 10, 4) == layer + 4 * 1000 * (2 + 12)
+    assert kv_capacity.step_bytes(model("cuda"), 10, 4) == layer + 4 * 1000 * (2 + 12)
+
+
+def test_graphs_are_reckoned_with_where_they_can_be() -> None:
+    settings = Settings()
+    assert kv_capacity.reserve(model("cuda"), settings).graphs == GRAPHS
+    assert kv_capacity.reserve(model("cpu"), settings).graphs == 0

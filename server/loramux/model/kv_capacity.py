@@ -1,18 +1,19 @@
-"""How many KV blocks fit into the memory that is there."""
+"""How the memory that a model's weights leave is shared out: adapters, a step, CUDA graphs, KV blocks."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from loramux.errors import StartupError
+from loramux.config import Settings
+from loramux.errors import StartupError, TooLittleMemory
 from loramux.model.graphs import MEMORY as GRAPHS
-
-if TYPE_CHECKING:
-    from loramux.model.causal_lm import CausalLM
-    from loramux.values import Memory
+from loramux.ops.site import Site
+from loramux.values import Memory
 
 # Shares of the free memory that are taken when nothing is said. A GPU is the model's own; a CPU's memory is not.
 _AUTO_SHARE = {"cpu": 0.1, "cuda": 0.85}
@@ -20,49 +21,118 @@ _AUTO_SHARE = {"cpu": 0.1, "cuda": 0.85}
 _LOGITS_COPIES = 3  # as float32, after the rules, as probabilities
 
 
-def kv_blocks(
-    model: CausalLM, memory: Memory | None, block_size: int, most: int, *, adapters: int = 0, step: int = 0
-) -> int:
-    """Blocks of `block_size` tokens for `memory`, at most `most`.
+class PlannedModel(Protocol):
+    """What memory is planned by: a loaded model (model.causal_lm), or the outline of one (model.outline)."""
 
-    On a GPU, what is free is what `adapters` and `step` bytes leave, which are taken only later: the budget of
-    adapters, and `step_bytes`. Raises StartupError if not one request fits, or what is wanted is not there.
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def kv_bytes_per_token(self) -> int: ...
+    @property
+    def can_capture(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Bytes that are taken only once the KV cache has its own, and on a GPU are kept free for it.
+
+    adapters  most of adapters (--adapter-memory)
+    step      most of a step, for a while (`step_bytes`)
+    graphs    most of CUDA graphs
+    """
+
+    adapters: int
+    step: int
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.adapters + self.step + self.graphs
+
+
+def reserve(model: PlannedModel, settings: Settings) -> Reserve:
+    """What to keep free for what these settings allow."""
+    step = step_bytes(model, settings.max_batch_tokens, settings.max_batch_rows)
+    return Reserve(settings.adapter_memory, step, GRAPHS if model.can_capture else 0)
+
+
+def least_kv_blocks(model: PlannedModel, block_size: int) -> int:
+    """Blocks that one sequence of the greatest length takes."""
+    return -(-model.max_context // block_size)
+
+
+def room_for_one(model: PlannedModel, settings: Settings, block_size: int) -> int:
+    """Bytes to be left for the KV cache so that --kv-memory of them hold one sequence of the greatest length."""
+    one, memory = least_kv_blocks(model, block_size) * block_size * model.kv_bytes_per_token, _wanted(model, settings)
+    if memory.bytes is not None:
+        return max(one, memory.bytes)
+    return math.ceil(one / memory.fraction) + 1  # for a share is rounded down
+
+
+def _wanted(model: PlannedModel, settings: Settings) -> Memory:
+    return settings.kv_memory or Memory(fraction=_AUTO_SHARE[model.device.type])
+
+
+def most_kv_blocks(model: PlannedModel, settings: Settings, block_size: int) -> int:
+    """Blocks that --max-batch-rows sequences of the greatest length take."""
+    return settings.max_batch_rows * least_kv_blocks(model, block_size)
+
+
+def kv_blocks(model: PlannedModel, settings: Settings, block_size: int, free: int) -> int:
+    """Blocks of `block_size` tokens to allocate, of `free` bytes that the weights leave; at most `most_kv_blocks`.
+
+    Raises TooLittleMemory if not one request fits, or what --kv-memory wants is not there.
     """
     block_bytes = model.kv_bytes_per_token * block_size
-    least = -(-model.max_context // block_size)
-    free = free_bytes(model.device)
+    least, most = least_kv_blocks(model, block_size), most_kv_blocks(model, settings, block_size)
+    memory, kept = _wanted(model, settings), reserve(model, settings)
+    room = room_for_one(model, settings, block_size)
     if model.device.type == "cuda":
-        left = free - adapters - step
+        left = free - kept.total
         if left < least * block_bytes:
-            raise StartupError(
-                f"{model.device}: of {_mib(free)} that the weights leave, adapters may take {_mib(adapters)} "
-                f"(--adapter-memory) and a step takes {_mib(step)} (--max-batch-tokens); the KV cache of one request "
-                f"of {model.max_context} tokens needs {_mib(least * block_bytes)}: lower one of these or --max-context"
+            raise TooLittleMemory(
+                f"{model.device}: of {_mib(free)} that the weights leave, adapters may take {_mib(kept.adapters)} "
+                f"(--adapter-memory), a step {_mib(kept.step)} (--max-batch-tokens) and CUDA graphs "
+                f"{_mib(kept.graphs)}; the KV cache of one request of {model.max_context} tokens needs "
+                f"{_mib(least * block_bytes)} of what is left: lower one of these or --max-context",
+                room - left,
             )
         free = left
-    given = int(_AUTO_SHARE[model.device.type] * free) if memory is None else memory.resolve(free)
+    given = memory.resolve(free)
     if model.device.type == "cuda" and given > free:
-        raise StartupError(
-            f"--kv-memory: {_mib(given)} are more than the {_mib(free)} that weights, adapters ({_mib(adapters)}, "
-            f"--adapter-memory) and a step ({_mib(step)}) leave on {model.device}"
+        raise TooLittleMemory(
+            f"--kv-memory: {_mib(given)} are more than the {_mib(free)} that weights, adapters ({_mib(kept.adapters)}, "
+            f"--adapter-memory), a step ({_mib(kept.step)}) and CUDA graphs ({_mib(kept.graphs)}) leave on "
+            f"{model.device}",
+            given - free,
         )
     blocks = min(given // block_bytes, most)
     if blocks * block_bytes > free:  # a CPU's memory is promised to whoever asks, and who uses it is killed
-        raise StartupError(
+        raise TooLittleMemory(
             f"--kv-memory: {_mib(given)}, of which {_mib(blocks * block_bytes)} could ever be used, are more than the "
-            f"{_mib(free)} that are free now; give less, or lower --max-batch-rows or --max-context"
+            f"{_mib(free)} that are free now; give less, or lower --max-batch-rows or --max-context",
+            blocks * block_bytes - free,
         )
     if blocks < least:
-        raise StartupError(
+        raise TooLittleMemory(
             f"--kv-memory: {_mib(given)} hold {max(blocks, 0) * block_size} tokens, less than one request of "
-            f"{model.max_context} tokens ({_mib(least * block_bytes)}); give more memory or a smaller --max-context"
+            f"{model.max_context} tokens ({_mib(least * block_bytes)}); give more memory or a smaller --max-context",
+            room - (free if memory.bytes is None else given),
         )
     return blocks
 
 
-def step_bytes(model: CausalLM, tokens: int, rows: int) -> int:
-    """An upper bound of what a step of `tokens` tokens, `rows` of which give logits, takes for a while; and the CUDA
-    graphs, which take it for good.
+def step_bytes(model: PlannedModel, tokens: int, rows: int) -> int:
+    """An upper bound of what a step of `tokens` tokens, `rows` of which give logits, takes for a while.
 
     Of a layer, the widest inputs and outputs of its linear operations are alive at once, twice with what is made of
     them, and one weight in 16 bits where many rows make it worth while to dequantize it. Of the logits, the sampler
@@ -74,7 +144,7 @@ def step_bytes(model: CausalLM, tokens: int, rows: int) -> int:
     # Up to three sites (q, k, v) are one operation.
     layer = 3 * (2 * tokens * widest + weight) * size
     logits = rows * model.vocab_size * (size + 4 * _LOGITS_COPIES)
-    return layer + logits + (GRAPHS if model.can_capture else 0)
+    return layer + logits
 
 
 def _mib(size: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from loramux.errors import StartupError, UnsupportedModel
 from loramux.model.attention import NAME as ATTENTION
@@ -111,7 +111,7 @@ def load_model(
         _eos_token_ids(opened),
         place,
         compute,
-        _context(opened, max_context),
+        context_limit(opened.name, opened.config, max_context),
     )
     with driven_flat(model):
         fuse(skeleton, step, probe=lambda: model.forward(flat_inputs([([0, 1], 0)], BLOCK)))
@@ -186,12 +186,13 @@ def _eos_token_ids(source: TensorSource) -> frozenset[int]:
     return frozenset(i for i in found if i is not None)
 
 
-def _context(source: TensorSource, wanted: int | None) -> int:
-    names = ("max_position_embeddings", "seq_length", "n_positions")
-    given = (getattr(source.config, name, None) for name in names)
+def context_limit(name: str, config: PretrainedConfig, wanted: int | None) -> int:
+    """Most tokens of one sequence: what the model was made for, or `wanted` if that is less. Raises UnsupportedModel if
+    nothing says it."""
+    given = (getattr(config, key, None) for key in ("max_position_embeddings", "seq_length", "n_positions"))
     own = next((n for n in given if isinstance(n, int) and n > 0), None)
     if own is None:
         if wanted is None:
-            raise UnsupportedModel(f"{source.name}: its config names no context length; give --max-context")
+            raise UnsupportedModel(f"{name}: its config names no context length; give --max-context")
         return wanted
     return int(own) if wanted is None else min(wanted, int(own))

@@ -24,7 +24,7 @@ BLOCK = 4  # tokens of a KV block until the cache proper is allocated
 def driven_flat(model: CausalLM) -> Iterator[None]:
     """Around whatever runs the model for the first times. Raises UnsupportedModel with the reason for what its modeling
     code raises; StartupError if memory ran out."""
-    name = f"{model.facts.name} ({model.facts.architecture})"
+    name = _name(model)
     try:
         with refusing(f"{name}: its modeling code fails when driven flat"):
             yield
@@ -40,25 +40,29 @@ def driven_flat(model: CausalLM) -> Iterator[None]:
         raise
 
 
+def require_paged_attention(model: CausalLM) -> None:
+    """After one pass: raises UnsupportedModel unless attention was `attention.paged_attention` once in each layer."""
+    calls, layers = model.attention_calls, set(range(model.facts.layers))
+    if set(calls) != layers or set(calls.values()) != {1}:
+        raise UnsupportedModel(
+            f"{_name(model)}: attention went through transformers' AttentionInterface in {len(calls)} of "
+            f"{len(layers)} layers; its modeling code does its own attention, which cannot be paged"
+        )
+
+
 def prove_flat(model: CausalLM) -> None:
     """Run two short sequences apart, together, and the second in two chunks; all must give the same logits.
 
     Leaves the layers' KV shapes known (`kv_bytes_per_token`). Raises UnsupportedModel with the reason, and what the
     modeling code raises: call it within `driven_flat`.
     """
-    name = f"{model.facts.name} ({model.facts.architecture})"
+    name = _name(model)
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n in (5, 9))
     # The first pass shows each layer's shape; caches are made as they are met.
     model.attention_calls.clear()
     alone_first = model.forward(flat_inputs([(first, 0)], BLOCK))
-    calls = dict(model.attention_calls)
-    layers = set(range(model.facts.layers))
-    if set(calls) != layers or set(calls.values()) != {1}:
-        raise UnsupportedModel(
-            f"{name}: attention went through transformers' AttentionInterface in {len(calls)} of "
-            f"{len(layers)} layers; its modeling code does its own attention, which cannot be paged"
-        )
+    require_paged_attention(model)
     if not alone_first.isfinite().all():
         raise UnsupportedModel(
             f"{name}: its logits in {model.facts.dtype} are not all finite; its weights are damaged, or its "
@@ -72,6 +76,10 @@ def prove_flat(model: CausalLM) -> None:
     rest = model.forward(flat_inputs([(first, 4), (second, 4)], BLOCK))
     expected = torch.cat((alone_first[4:], alone_second[4:]))
     _same(name, "a sequence in two chunks", rest, expected)
+
+
+def _name(model: CausalLM) -> str:
+    return f"{model.facts.name} ({model.facts.architecture})"
 
 
 def _same(name: str, what: str, got: Tensor, expected: Tensor) -> None:

@@ -25,11 +25,16 @@ class Shortcut:
         cosines, sines = rotary(embedding, position_ids=torch.arange(max_context, device=embedding.device)[None])
         self._cosines, self._sines = cosines[0], sines[0]
 
+    @staticmethod
+    def knows(model: PreTrainedModel) -> bool:
+        """Whether models of this class have one, where `fuse` can replace all of their parts."""
+        return type(model).__name__ in _MODELS
+
     @classmethod
     def find(cls, model: PreTrainedModel, max_context: int) -> Shortcut | None:
         """None unless the model is of a class that is known, and `fuse` has replaced all of its parts."""
         head: Any = model.get_output_embeddings()
-        if type(model).__name__ not in _MODELS or not isinstance(head, FusedHead):
+        if not cls.knows(model) or not isinstance(head, FusedHead):
             return None
         base: Any = model.model
         decoder, norm = base.layers[0], base.norm

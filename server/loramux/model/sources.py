@@ -73,10 +73,7 @@ class FolderSource(TensorSource):
         self.place = place or name
         if not (folder / "config.json").is_file():
             raise StartupError(f"{name}: there is no config.json in {folder}; is it a Hugging Face model folder?")
-        with refusing(f"{name}: transformers cannot read config.json", StartupError):
-            config = AutoConfig.from_pretrained(folder, **_NO_CODE)
-        _forget_code(config)
-        _check_quantization(name, getattr(config, "quantization_config", None))
+        config = read_config(folder / "config.json", name)
         self.config = language_config(config)
         self.towers = self.config is not config
         self.generation_config = _generation_config(folder)
@@ -170,6 +167,16 @@ def open_source(model: str, *, revision: str | None = None) -> TensorSource:
         folder = _download(model, revision)
         return FolderSource(folder, model, str(folder))
     return GgufSource(place, model) if place.is_file() else FolderSource(place, model)
+
+
+def read_config(file: Path, name: str) -> PretrainedConfig:
+    """A model's config.json, by whatever name it goes. Raises StartupError, naming the model, if it is none or names a
+    quantization that is not read."""
+    with refusing(f"{name}: transformers cannot read {file.name}", StartupError):
+        config: PretrainedConfig = AutoConfig.from_pretrained(file, **_NO_CODE)
+    _forget_code(config)
+    _check_quantization(name, getattr(config, "quantization_config", None))
+    return config
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:

@@ -74,6 +74,22 @@ class NF4Weight:
             offset=state.offset,
         )
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int], device: torch.device, *, double: bool = True) -> NF4Weight:
+        """One of that shape with nothing written to it; `double`: with double quantization."""
+
+        def some(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(count, dtype=dtype, device=device)
+
+        numel = shape[0] * shape[1]
+        blocks = -(-numel // BLOCK_SIZE)
+        codes, table = some(-(-numel // 2), torch.uint8), some(16, torch.float32)
+        if not double:
+            return cls(shape, codes, some(blocks, torch.float32), table)
+        nested = some(-(-blocks // NESTED_BLOCK_SIZE), torch.float32)
+        offset = torch.empty((), dtype=torch.float32, device=device)
+        return cls(shape, codes, some(blocks, torch.uint8), table, nested, some(256, torch.float32), offset)
+
     @property
     def numel(self) -> int:
         """Weights represented."""
