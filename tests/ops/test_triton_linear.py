@@ -187,7 +187,7 @@ def test_shares_of_the_inputs_add_up() -> None:
     g = torch.Generator().manual_seed(1)
     weight = quantize(torch.randn(64, 4096, generator=g) / 64)
     linear = TritonLinear.pack([LinearPart(weight.to(DEVICE))], [0])
-    assert linear._splits(1) == 8
+    assert linear._splits(1, 8) == 8
     x = torch.randn(3, 4096, generator=g).to(BF16)
     (expected,) = REFERENCE.linear(x.float(), [LinearPart(weight)], [])
     torch.testing.assert_close(run(linear, x, []).float(), expected, rtol=2e-2, atol=2e-2)

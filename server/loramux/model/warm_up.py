@@ -7,6 +7,7 @@ there is a pass for each of these; it runs on padding, over an empty table of ad
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,6 +21,8 @@ from loramux.ops.greedy import select_greedy
 
 # Larger ranks are computed in pieces, in the same kernels.
 RANKS = (16, 32, 64)
+# Few segments, and many.
+SEGMENTS = (1, 64)
 
 
 def warm_up(
@@ -64,19 +67,20 @@ def _passes(
     def nothing() -> BoundSegments:
         return backend.bind(())
 
+    for sequences in row_counts(max_rows):
+        yield list(range(sequences + 1)), nothing
     for count in rows:
         yield [0, count], nothing
-        if count <= max_rows:
-            yield list(range(count + 1)), nothing
         if count > 2:
             yield [0, count - 1, count], nothing
-        for rank in RANKS:
-            for extras in (False, True):
+        for segments, rank, extras in itertools.product(SEGMENTS, RANKS, (False, True)):
 
-                def adapters(count: int = count, rank: int = rank, extras: bool = extras) -> BoundSegments:
-                    return backend.reserve_segments(1, count, rank, extras=extras)
+            def adapters(
+                segments: int = segments, count: int = count, rank: int = rank, extras: bool = extras
+            ) -> BoundSegments:
+                return backend.reserve_segments(segments, count, rank, extras=extras)
 
-                yield [0, count], adapters
+            yield [0, count], adapters
 
 
 def _padding(starts: list[int]) -> ModelInputs:

@@ -5,7 +5,7 @@ reads each key and value once; it walks over the keys with an online softmax (Mi
 float32, of scores times log₂ e, for exp2. Three ways to cover a batch:
 
 - sequences with one row (decode): a program per sequence, head and part of its context (flash-decoding), then
-  `_combine`. The parts follow from the sequence's own context and from the shape of the model alone.
+  `_combine`. The fewer sequences, the more parts.
 - sequences with more rows (prefill): a program per tile of rows and head, over all keys that the tile sees.
 - invariant: the second with one tile for all; sums of `SPLIT` keys each are merged in order, in registers where a
   program sees the whole context and by `_merge_parts` where it sees one split. It is one compiled kernel for both.
@@ -32,8 +32,8 @@ from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
 _LOG2E = tl.constexpr(math.log2(math.e))
 # The interpreter's dot of bfloat16 is wrong; there operands go to float32 after they were rounded.
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Programs that a sequence of any length gets at most, over all key-value heads: about two for each of 132 SMs.
-_PROGRAMS = 256
+# Programs of all sequences with one row, over all key-value heads: four for each of 132 multiprocessors.
+_PROGRAMS = 528
 # Three, so that block numbers come a step before the keys and values that they point to, and these a step before use.
 _STAGES = 3
 # Keys whose sum is taken before it is merged, where bits must not depend on who takes it.
@@ -604,8 +604,7 @@ def attention(
     bounds of them. T equal to the number of sequences means one row each: row s is sequence s's then.
     A sequence whose context_len is 0, and a row that is no sequence's, get zeros, and nothing is read for them.
 
-    invariant: a row's bits depend on its own sequence alone, and not on how it was chunked or batched. Without it the
-    bits of a sequence with one row do not depend on the others; those of longer chunks depend on the chunk.
+    invariant: a row's bits depend on its own sequence alone, and not on how it was chunked or batched.
     """
     rows, heads, dim = q.shape
     _, kv_heads, _, value_dim = cache.values.shape
@@ -674,7 +673,9 @@ class _Call:
         """The sequences with one row; mixed: there are others."""
         # Few heads need small parts, so that a short context still gives work to every multiprocessor.
         step = self.step if self.kv_heads >= 8 else min(32, self.step)
-        parts = min(64, max(16, triton.next_power_of_2(_PROGRAMS // self.kv_heads)))
+        # Beside prompts the device is full anyhow; there one constant will do.
+        wanted = max(1, _PROGRAMS // (self.kv_heads * (4 if mixed else self.sequences)))
+        parts = min(64, 1 << wanted.bit_length() - 1)
         launched = max(1, min(parts, self._units(step)))
         scratch = self._scratch(self.sequences, launched)
         b = self.batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from loramux.ops.cuda.lookup import nf4_values
 
@@ -21,6 +22,12 @@ OFFSETS = tl.constexpr(4)
 RANKS = tl.constexpr(5)
 PRODUCTS = tl.constexpr(6)
 WIDTH = tl.constexpr(8)
+# A column of row 0: whether all ranks are multiples of eight.
+ALIGNED = tl.constexpr(1)
+
+# Ranks and segments of one product in `_branches`.
+RANKS_AT_ONCE = tl.constexpr(16)
+TOGETHER = tl.constexpr(2)
 
 # An NF4 block, a tile's rows, and the bytes of both (tiles.py).
 BLOCK = tl.constexpr(64)
@@ -57,6 +64,7 @@ def lora_down(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """h [h_rows, PARTS, max_rank] in x's dtype; what is beyond a rank is not written.
@@ -64,8 +72,11 @@ def lora_down(
     Grid: (tiles of ranks x tiles of rows, segments x SPLITS, PARTS). With SPLITS > 1 each program sums over a share of
     K, into shares float32 [SPLITS, h_rows, PARTS, max_rank]; the one that arrives last adds them up in their order, and
     sets its counter in arrivals int32 [PARTS, capacity, tiles] back to zero. The first program of a segment and part
-    leaves its rank and the address of its B in items int64 [PARTS, capacity, 2].
+    leaves its rank and the address of its B in items int64 [PARTS, capacity, 2]. OVERLAP: the next launch, which waits
+    for this one where it reads what is written here, may begin at once.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     rank_tiles = tl.cdiv(max_rank, BLOCK_R)
     rank_tile = tl.program_id(0) % rank_tiles
     row_tile = tl.program_id(0) // rank_tiles
@@ -120,26 +131,10 @@ def lora_down(
 
 
 @triton.jit
-def _up(
-    acc,
-    factor,
-    rank,
-    n,
-    rows,
-    h,
-    h_at,
-    inside,
-    BLOCK_R: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """acc [outputs, rows] plus B·h, for the rows `inside`."""
-    # One stage: a walk of one or two steps gains nothing from buffers for five, and they would not fit beside W's.
-    for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-        j = r + tl.arange(0, BLOCK_R)
-        b = tl.load(factor + n[:, None] * rank + j[None, :], mask=(n[:, None] < rows) & (j[None, :] < rank), other=0.0)
-        a = tl.load(h + h_at[None, :] + j[:, None], mask=(j[:, None] < rank) & inside[None, :], other=0.0)
-        acc = _dot(b, a, acc, WIDE)
-    return acc
+def _read(factor, rank, j, n, rows, covers):
+    """Rows n of some segments' B, their ranks j, zero elsewhere: [outputs, segments, ranks]."""
+    wanted = (n < rows)[:, None, None] & covers[None, :, None] & (j < rank[None, :, None])
+    return tl.load(factor[None, :, None] + n[:, None, None] * rank[None, :, None] + j, mask=wanted, other=0.0)
 
 
 @triton.jit
@@ -158,29 +153,53 @@ def _branches(
     step,
     DTYPE: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """acc plus the branches of every step-th segment that covers a row of t; B is read for those alone."""
+    """acc [outputs, rows] plus B·h of the segments that cover a row of t; B is read for those alone.
+
+    A walk over pairs of a segment and sixteen of its ranks, TOGETHER of them in one product of step · TOGETHER, from
+    first · TOGETHER on: one after another, each would wait for its own addresses and its own factor. Where another
+    row's adapter stands a row meets zeros, and its own ranks come in sixteens: its sum does not depend on the others.
+    """
+    chunks = max_rank // RANKS_AT_ONCE
+    total = tl.load(table).to(tl.int32) * chunks
+    aligned = tl.load(table + ALIGNED) != 0
     top = tl.min(t, axis=0)
-    for segment in range(first, tl.load(table).to(tl.int32), step):
+    r = tl.arange(0, RANKS_AT_ONCE)
+    for turn in range(first * TOGETHER, total, step * TOGETHER):
+        pair = turn + tl.arange(0, TOGETHER)
+        there = pair < total
+        segment = pair // chunks
         row = table + (segment + 1) * WIDTH
         item = items + (part * capacity + segment) * 2
-        start = tl.load(row + START).to(tl.int32)
-        stop = tl.load(row + STOP).to(tl.int32)
-        rank = tl.load(item).to(tl.int32)
-        if (start < top + BLOCK_T) & (stop > top) & (rank > 0):
-            factor = tl.load(item + 1).to(tl.pointer_type(DTYPE))
-            factor = tl.multiple_of(factor, 16)
-            h_at = ((tl.load(row + PRODUCTS) + t - start) * PARTS + part) * max_rank
-            inside = (t >= start) & (t < stop)
-            # With whole eights in a row, B is read sixteen bytes at a time. multiple_of would mark the rank itself, and
-            # so in the other branch, too.
-            if rank % 8 == 0:
-                acc = _up(acc, factor, rank // 8 * 8, n, rows, h, h_at, inside, BLOCK_R, WIDE)
+        start = tl.load(row + START, mask=there, other=0).to(tl.int32)
+        stop = tl.load(row + STOP, mask=there, other=0).to(tl.int32)
+        product = tl.load(row + PRODUCTS, mask=there, other=0).to(tl.int32)
+        rank = tl.load(item, mask=there, other=0).to(tl.int32)
+        factor = tl.load(item + 1, mask=there, other=0).to(tl.pointer_type(DTYPE))
+        begin = pair % chunks * RANKS_AT_ONCE
+        covers = (start < top + BLOCK_T) & (stop > top) & (begin < rank)
+        if tl.max(covers.to(tl.int32), axis=0) > 0:
+            j = begin[None, :, None] + r[None, None, :]
+            factor = tl.multiple_of(factor, [16])
+            # Sixteen bytes at a time where each row of B begins at a multiple of them. multiple_of would mark the ranks
+            # in the other branch, too.
+            if aligned:
+                b = _read(factor, rank // 8 * 8, j, n, rows, covers)
             else:
-                acc = _up(acc, factor, rank, n, rows, h, h_at, inside, BLOCK_R, WIDE)
+                b = _read(factor, rank, j, n, rows, covers)
+            wanted = covers[None, :, None] & (j < rank[None, :, None])
+            h_row = (product - start)[None, :, None] + t[:, None, None]
+            inside = (t[:, None, None] >= start[None, :, None]) & (t[:, None, None] < stop[None, :, None])
+            a = tl.load(h + (h_row * PARTS + part) * max_rank + j, mask=inside & wanted, other=0.0)
+            acc = _dot(
+                tl.reshape(b, (BLOCK_N, TOGETHER * RANKS_AT_ONCE)),
+                tl.trans(tl.reshape(a, (BLOCK_T, TOGETHER * RANKS_AT_ONCE))),
+                acc,
+                WIDE,
+            )
     return acc
 
 
@@ -270,8 +289,8 @@ def nf4_linear(
     UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """y [T, COLUMNS] = scale·(W·x + Σ B·h + lora_bias) + bias, the parts side by side.
@@ -279,7 +298,8 @@ def nf4_linear(
     Grid: tiles of outputs x SPLITS x tiles of rows, the last one fastest, so that neighbours share weights in the
     cache. With SPLITS > 1 each program sums over a share of K; the one that arrives last adds the shares up in their
     order, so that the sum does not depend on who that is. SHARED spreads the segments over these programs too: then a
-    row's order of summation depends on the segments before its own.
+    row's order of summation depends on the segments before its own. WAIT: this was launched while lora_down may still
+    run, whose h is read from here on.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     blocks: tl.constexpr = K // BLOCK
@@ -353,15 +373,17 @@ def nf4_linear(
             quantized = tl.load(absmax_at + tl.minimum(block + 2, blocks - 1) * TILE)
 
     if LORA:
+        if WAIT:
+            gdc_wait()
         if SHARED:
             acc = _branches(
                 acc, table, items, h, max_rank, capacity, n, rows, t, part, split, SPLITS,
-                DTYPE, PARTS, BLOCK_R, BLOCK_T, WIDE,
+                DTYPE, PARTS, BLOCK_N, BLOCK_T, WIDE,
             )  # fmt: skip
         elif split == 0:
             acc = _branches(
                 acc, table, items, h, max_rank, capacity, n, rows, t, part, 0, 1,
-                DTYPE, PARTS, BLOCK_R, BLOCK_T, WIDE,
+                DTYPE, PARTS, BLOCK_N, BLOCK_T, WIDE,
             )  # fmt: skip
 
     if SPLITS == 1:

@@ -22,18 +22,20 @@ from loramux.ops.layout import strided
 from loramux.ops.nf4 import BLOCK_SIZE, NF4Weight
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Programs below which K is split: two for each of an H100's 132 multiprocessors. Not asked of the device at hand, so
-# that a model's sums have one order everywhere.
-_ENOUGH_PROGRAMS = 264
 # A program sums at least so many blocks of 64 inputs; below that its start costs more than its share.
 _LEAST_BLOCKS = 8
 _MAX_SPLITS = 16
+_FEWEST_OUTPUTS = 64  # of all tiles below
 # From so many rows on (long prefill chunks) a weight is dequantized once, for a dense product of the library's: each of
 # the kernel's tiles of 128 rows would expand it again. An estimate; nothing was measured.
 DENSE_ROWS = 512
-# Inputs that one program of lora_down sums over: a few loads, all of them in flight at once.
+# Shares of K in lora_down, of at least so many inputs: many where there are few segments to fill the device with.
 _DOWN_INPUTS = 512
-_MAX_DOWN_SPLITS = 32
+_DOWN_SPLITS = 8
+_DOWN_SPLITS_OF_MANY = 4
+MANY_SEGMENTS = 16
+# Whether nf4_linear begins while lora_down runs (programmatic dependent launch; 9.0 and newer).
+overlap = False
 
 _interpreted = not isinstance(nf4_linear, triton.JITFunction)
 
@@ -49,32 +51,42 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Outputs and rows of a program's tile, its warps, the turns whose loads it keeps in flight, and blocks a turn."""
+    """How an operation is cut into programs.
+
+    outputs   of a program's tile
+    rows      of it
+    warps     of a program. Two multiply by mma.sync, whose operand is made of codes in registers; four do with wgmma
+              from sixteen rows on, which costs them an exchange of the codes
+    stages    turns whose loads are in flight
+    blocks    of 64 inputs, a turn
+    programs  below which K is split: some for each of an H100's 132 multiprocessors. Not asked of the device at hand,
+              so that a model's sums have one order everywhere
+    """
 
     outputs: int
     rows: int
     warps: int
     stages: int
-    blocks: int = 1
+    blocks: int
+    programs: int
 
 
 def tiling(rows: int, *, invariant: bool) -> Tiling:
     """The tiles for a batch of so many rows; with `invariant` the same for every batch.
 
-    All are 128 outputs deep: what a block costs besides its look-ups is the same for 64, and each program reads all of
-    its rows' inputs.
+    The quickest of those that were measured on an H200 at the shapes of Llama-3-8B (docs/gpu.md).
     """
     if invariant:
-        return Tiling(128, 64, 4, 4)
+        return Tiling(64, 64, 4, 4, 1, 528)
     if rows <= 8:
-        return Tiling(128, 8, 4, 5)
+        return Tiling(128, 8, 4, 3, 2, 1056)
     if rows <= 16:
-        return Tiling(128, 16, 4, 5)
+        return Tiling(64, 16, 2, 4, 2, 1056)
     if rows <= 32:
-        return Tiling(128, 32, 4, 5)
+        return Tiling(64, 32, 2, 4, 1, 528)
     if rows <= 64:
-        return Tiling(128, 64, 4, 4)
-    return Tiling(128, 128, 8, 3)  # with four loads in flight it would need more than an SM of 8.6 has, 99 KiB
+        return Tiling(64, 64, 4, 4, 1, 528)
+    return Tiling(64, 128, 4, 3, 1, 132)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +143,7 @@ class TritonLinear(FusedLinear):
                 ]
             )
         # The program that arrives last sets its counter back to zero. For one tile of rows: decode steps, their graphs.
-        self._arrivals = torch.zeros(
-            self._places(tiling(1, invariant=invariant).outputs), dtype=torch.int32, device=device
-        )
+        self._arrivals = torch.zeros(self._places(_FEWEST_OUTPUTS), dtype=torch.int32, device=device)
         ends = list(itertools.accumulate(self._tiled.rows))
         self._bounds = list(zip([0, *ends], ends, strict=False))
         self.width = ends[-1]
@@ -188,8 +198,9 @@ class TritonLinear(FusedLinear):
     def _launch(self, x: Tensor, y: Tensor, segments: TritonSegments) -> None:
         tiled, rows = self._tiled, x.shape[0]
         shape = tiling(rows, invariant=self._invariant)
+        assert shape.outputs >= _FEWEST_OUTPUTS
         row_tiles, places = -(-rows // shape.rows), self._places(shape.outputs)
-        splits = self._splits(places * (1 if self._invariant else row_tiles))
+        splits = self._splits(places * (1 if self._invariant else row_tiles), shape.programs)
         lora = segments.capacity > 0 and segments.max_rank > 0
         items, h = self._sites, tiled.offsets
         if lora:
@@ -234,17 +245,18 @@ class TritonLinear(FusedLinear):
             UNROLL=shape.blocks if _whole_turns(tiled.k // BLOCK_SIZE, splits, shape.blocks) else 1,
             BLOCK_N=shape.outputs,
             BLOCK_T=shape.rows,
-            BLOCK_R=16 if segments.max_rank <= 16 and not self._invariant else 32,
             ASSEMBLY=_assembly(x.dtype),
+            WAIT=lora and overlap,
             WIDE=_interpreted,
             num_warps=shape.warps,
             num_stages=shape.stages,
+            **({"launch_pdl": True} if lora and overlap else {}),
         )
 
     def _down(self, x: Tensor, segments: TritonSegments) -> tuple[Tensor, Tensor]:
         """The items that say where B is, and h; see `lora_down`."""
         k, rows, ranks = self._tiled.k, segments.rows, segments.max_rank
-        splits = min(-(-k // _DOWN_INPUTS), _MAX_DOWN_SPLITS)
+        splits = self._down_splits(segments.capacity)
         shape = down_tiling(x.shape[0], ranks, k, invariant=self._invariant)
         h = x.new_empty(rows, self.parts, ranks)
         shares = x.new_empty(splits, *h.shape, dtype=torch.float32) if splits > 1 else h
@@ -269,20 +281,26 @@ class TritonLinear(FusedLinear):
             BLOCK_R=shape.ranks,
             BLOCK_T=shape.rows,
             BLOCK_K=shape.inputs,
+            OVERLAP=overlap,
             WIDE=_interpreted,
             num_warps=4,
             num_stages=shape.stages,
         )
         return items, h
 
+    def _down_splits(self, segments: int) -> int:
+        """Shares of K in lora_down; always the same if a row's bits must be."""
+        most = _DOWN_SPLITS if segments < MANY_SEGMENTS or self._invariant else _DOWN_SPLITS_OF_MANY
+        return min(-(-self._tiled.k // _DOWN_INPUTS), most)
+
     def _places(self, outputs: int) -> int:
         """Tiles of outputs."""
         return sum(-(-rows // outputs) for rows in self._tiled.rows)
 
-    def _splits(self, programs: int) -> int:
+    def _splits(self, programs: int, enough: int) -> int:
         """Shares of K, so that there are enough programs; a power of two, and each share has blocks."""
         blocks, splits = self._tiled.k // BLOCK_SIZE, 1
-        while programs * splits < _ENOUGH_PROGRAMS and splits < _MAX_SPLITS and blocks // (2 * splits) >= _LEAST_BLOCKS:
+        while programs * splits < enough and splits < _MAX_SPLITS and blocks // (2 * splits) >= _LEAST_BLOCKS:
             splits *= 2
         return splits
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import DENSE_ROWS, Operation, TritonLinear
+from loramux.ops.cuda.linear import DENSE_ROWS, MANY_SEGMENTS, Operation, TritonLinear
 from loramux.ops.cuda.sampling import greedy
 from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
@@ -263,8 +264,10 @@ def _launch_all(shapes: Shapes, wanted: Steps, launches: _Launches) -> None:
     linears = [_linear(operation, invariant=shapes.invariant) for operation in shapes.operations]
     for rows in wanted.rows:
         for rank in wanted.ranks:
-            for extras in wanted.extras if rank else (False,):
-                segments = TritonSegments.reserve(rows if rank else 0, rows, rank, META, extras=extras)
+            # Of few segments and of many, of adapters without extras and with them.
+            kinds = itertools.product((1, MANY_SEGMENTS), wanted.extras) if rank else [(0, False)]
+            for count, extras in kinds:
+                segments = TritonSegments.reserve(count, rows, rank, META, extras=extras)
                 for operation, linear in zip(shapes.operations, linears, strict=True):
                     outputs = "+".join(map(str, operation.outputs))
                     launches.what = f"{outputs} of {operation.inputs}, {rows} rows, rank {rank}{' extras' * extras}"
@@ -286,7 +289,7 @@ def _launch_all(shapes: Shapes, wanted: Steps, launches: _Launches) -> None:
 
 
 def _attend(shapes: Shapes, heads: Heads, dtype: torch.dtype, launches: _Launches) -> None:
-    """Decoding, a prompt, and both in one step; of each, a rotation into the cache too."""
+    """A prompt, decoding, and both in one step; of each, a rotation into the cache too."""
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=META)
@@ -294,8 +297,9 @@ def _attend(shapes: Shapes, heads: Heads, dtype: torch.dtype, launches: _Launche
     cache = LayerCache(*(empty(1, heads.keys, shapes.block_size, heads.dim) for _ in range(2)))
     shape = AttentionShape(heads.dim**-0.5, heads.window)
     widths = heads.queries * heads.dim, heads.keys * heads.dim, heads.keys * heads.dim
-    for what, starts in (("decode", (0, 1, 2)), ("mixed", (0, 1, 65)), ("prefill", (0, 64))):
-        launches.what = f"{heads.queries} heads over {heads.keys}, {what}"
+    # The number of sequences decides into how many parts contexts are cut.
+    for starts in [(0, 64), (0, 1, 65), *(tuple(range((1 << i) + 1)) for i in range(8))]:
+        launches.what = f"{heads.queries} heads over {heads.keys}, {len(starts) - 1} sequences of {starts[-1]} rows"
         rows, sequences = starts[-1], len(starts) - 1
         batch = PagedBatch(
             slots=empty(rows, dtype=torch.int64),

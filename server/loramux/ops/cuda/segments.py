@@ -23,15 +23,18 @@ DOWN_ROWS = 64
 
 # An adapter's offsets and ranks on the device, as long as the adapter lives; keyed by its offsets on the CPU.
 _placed: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
+# Whether an adapter's ranks are multiples of eight; keyed by its ranks.
+_multiples: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TritonSegments(BoundSegments):
     """What the kernels read of a step's segments, and the bounds that the launches are sized by.
 
-    table     int64 [capacity + 1, 8] on the device. Row 0 begins with the number of segments; each of the rows after
-              it holds start, stop, the weight's float32 bits, the addresses of buffer, offsets and ranks, and the first
-              of the segment's rows in the intermediate products. Rows beyond the number are zero.
+    table     int64 [capacity + 1, 8] on the device. Row 0 begins with the number of segments, and whether all their
+              ranks are multiples of eight; each of the rows after it holds start, stop, the weight's float32 bits, the
+              addresses of buffer, offsets and ranks, and the first of the segment's rows in the intermediate products.
+              Rows beyond the number are zero.
     arrivals  int32, zero between launches: how many of the programs that share a tile of h have arrived
     rows      at least the sum of the segments' lengths
     max_rank  at least the largest rank of any site, a multiple of 16
@@ -67,7 +70,7 @@ def bind(segments: tuple[Segment, ...], device: torch.device, into: TritonSegmen
     bounds are too small for these segments.
     """
     rows: list[tuple[int, ...]] = []
-    total, max_rank, extras = 0, 0, False
+    total, max_rank, extras, aligned = 0, 0, False, True
     for segment in segments:
         weights = segment.sites
         if not isinstance(weights, AdapterWeights):
@@ -80,6 +83,7 @@ def bind(segments: tuple[Segment, ...], device: torch.device, into: TritonSegmen
         total += segment.stop - segment.start
         max_rank = max(max_rank, weights.max_rank)
         extras |= weights.extras
+        aligned &= _aligned(weights)
     bound = into
     if bound is None:
         bound = TritonSegments.reserve(len(rows), total, max_rank, device, extras=extras)
@@ -90,11 +94,19 @@ def bind(segments: tuple[Segment, ...], device: torch.device, into: TritonSegmen
         )
     if rows or into is not None:
         host = torch.zeros(bound.table.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        host[0, 0] = len(rows)
+        host[0, 0], host[0, 1] = len(rows), aligned
         if rows:
             host[1 : len(rows) + 1] = torch.tensor(rows, dtype=torch.int64)
         bound.table.copy_(host, non_blocking=True)
     return replace(bound, segments=segments)
+
+
+def _aligned(weights: AdapterWeights) -> bool:
+    """Whether rows of all its B begin at multiples of sixteen bytes."""
+    known = _multiples.get(weights.ranks)
+    if known is None:
+        known = _multiples[weights.ranks] = not bool((weights.ranks % 8).any())
+    return known
 
 
 def _on_device(weights: AdapterWeights, device: torch.device) -> tuple[Tensor, Tensor]:
