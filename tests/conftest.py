@@ -25,10 +25,10 @@ else:
     )
     settings.load_profile("device")
 
-# Threads that wait for each other hardly move where other programs keep all cores busy; servers that tests start, too.
+# Threads that wait for each other hardly move where other programs keep all cores busy, and with tiny models they cost
+# more in waiting than they compute; in servers that tests start, too, hence the variables.
 os.environ.setdefault("LORAMUX_THREADS", "1")
-
-# Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if torch is not None:
     torch.set_num_threads(1)
 

@@ -1,0 +1,16 @@
+"""A Python that has imported what a merge needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.preloaded import preloaded
+
+
+@pytest.fixture(scope="package")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """See `tests.preloaded`."""
+    with preloaded(tmp_path_factory.mktemp("python"), "loramux.merge_worker") as command:
+        yield command
