@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class TensorSource(ABC):
     def get(self, key: str) -> Tensor:
         """One tensor on the CPU, as stored."""
 
-    def get_all(self, keys: Iterable[str]) -> dict[str, Tensor]:
+    def get_all(self, keys: Collection[str]) -> dict[str, Tensor]:
         """Several, where they are wanted together."""
         return {key: self.get(key) for key in keys}
 
@@ -126,9 +126,9 @@ class FolderSource(TensorSource):
     def get(self, key: str) -> Tensor:
         return self.get_all([key])[key]
 
-    def get_all(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        # Opened each time: the mapping, and with it the pages read, goes when the tensors do. Opening reads the header,
-        # in which each quantized tensor has several entries: those are read together.
+    def get_all(self, keys: Collection[str]) -> dict[str, Tensor]:
+        # Opened each time: the mapping, and with it the pages read, goes when the tensors do. Opening reads the whole
+        # header, so what is wanted together is asked for together.
         with ExitStack() as stack:
             opened = {
                 path: stack.enter_context(safe_open(path, framework="pt")) for path in {self._files[k] for k in keys}

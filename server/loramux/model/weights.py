@@ -121,11 +121,11 @@ class WeightReader:
         Raises UnsupportedModel if it is missing, has another shape or cannot be quantized.
         """
         key = self._key(name)
-        stored = self._source.get(key)
+        entries = self._source.get_all([key, *self._source.companions(key)])
+        stored = entries.pop(key)
         try:
             if stored.dtype == torch.uint8:
-                entries = self._source.get_all(self._source.companions(key))
-                entries = {name.removeprefix(key + "."): tensor for name, tensor in entries.items()}
+                entries = {k.removeprefix(key + "."): entry for k, entry in entries.items()}
                 weight = NF4Weight.from_checkpoint(stored, entries).to(device)
             else:
                 dense = stored.to(device)
