@@ -81,8 +81,8 @@ def start(path: str, *arguments: str) -> int:
             os.close(descriptor)
         status = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+    if code < 0:  # a signal ended it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
 

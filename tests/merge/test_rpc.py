@@ -31,7 +31,7 @@ from loramux.errors import (
 from loramux.merge_process import MergeProcess
 from loramux.model import sources
 
-from tests.merge.recipes import batched, dense, relative
+from tests.merge.recipes import STEPS, batched, dense, relative
 from tests.patience import PATIENCE
 from tests.server.stack import Stack, save_adapter, save_model, serving
 
@@ -109,7 +109,7 @@ async def test_progress_and_report(rig: Rig) -> None:
     assert (last.overall_error, last.worst_error) == (report["overall_error"], report["worst_error"])
     assert (last.worst_layer, last.layers, last.bytes) == (report["worst_layer"], 21, report["bytes"])
     assert report["adapters"] == [{"name": "a", "digest": (await rig.stack.admin.get("a")).digest, "weight": 1.0}]
-    assert len(dense(rig.out / "whole")[1]) == 16
+    assert len(dense(rig.out / "whole")[1]) == STEPS
     await refused(rig, FolderExists, "name a new folder", output="whole")
 
 
