@@ -12,5 +12,6 @@ from tests.preloaded import preloaded
 @pytest.fixture(scope="package")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
     """See `tests.preloaded`."""
-    with preloaded(tmp_path_factory.mktemp("python"), "loramux.merge_worker", "transformers.models.llama.modeling_llama") as command:
+    modules = "loramux.merge_worker", "loramux.merge", "transformers.models.llama.modeling_llama"
+    with preloaded(tmp_path_factory.mktemp("python"), *modules) as command:
         yield command
