@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -32,6 +33,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if torch is not None:
     torch.set_num_threads(1)
 
+# What is imported stays: no collection looks at it while tests are found, nor later.
+gc.disable()
+
 collect_ignore = ["server"] if torch is None else []  # its conftest.py needs torch
 _NEED_TORCH = re.compile("No module named '(torch|transformers|bitsandbytes|triton|peft)'")
 
@@ -61,3 +65,9 @@ def qalora_on_any_base() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer.Linear, "resolve_lora_variant", resolve)
         yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
