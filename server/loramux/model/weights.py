@@ -121,10 +121,10 @@ class WeightReader:
         Raises UnsupportedModel if it is missing, has another shape or cannot be quantized.
         """
         key = self._key(name)
-        entries = self._source.get_all([key, *self._source.companions(key)])
-        stored = entries.pop(key)
+        stored = self._source.get(key)
         try:
             if stored.dtype == torch.uint8:
+                entries = self._source.get_all(self._source.companions(key))
                 entries = {k.removeprefix(key + "."): entry for k, entry in entries.items()}
                 weight = NF4Weight.from_checkpoint(stored, entries).to(device)
             else:
