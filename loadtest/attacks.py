@@ -1,8 +1,8 @@
 """What a hostile client or an adapter's author can send, and what good clients feel meanwhile.
 
-`attacks` gives each attack's name and the function that sends it. Messages are made and serialized before the clock
-starts, so that making them disturbs no timing. `Bystander` is a process of its own that asks GetModel all the time
-and sends good requests: the longest wait and the requests that were lost are what an attack is judged by.
+ATTACKS has each attack's name and what makes the function that sends it. Messages are made and serialized before the
+clock starts, so that making them disturbs no timing. `Bystander` is a process of its own that asks GetModel all the
+time and sends good requests: the longest wait and the requests that were lost are what an attack is judged by.
 
 All load is bounded in count and time. Knows nothing of how the server defends itself.
 """
@@ -173,6 +173,15 @@ def _chat_flood(turns: int, copies: int) -> Attack:
     return _generate(pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user")] * turns)), copies)
 
 
+def _token_ids(count: int, copies: int) -> Attack:
+    sampling = pb.SamplingParams(max_new_tokens=1)
+    return _generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * count), sampling=sampling), copies)
+
+
+def _prompt(words: int, copies: int, timeout: float = DEADLINE) -> Attack:
+    return _generate(pb.GenerateRequest(prompt="a " * words), copies, timeout)
+
+
 def _mix(names: int, weight: float, copies: int) -> Attack:
     parts = [pb.AdapterWeight(adapter=f"{RESIDENT}{i or ''}", weight=weight) for i in range(names)]
     return _generate(pb.GenerateRequest(prompt="x", mix=parts), copies)
@@ -292,39 +301,32 @@ def _one_pair() -> bytes:
     return _file(entries, bytes(9216))
 
 
-def attacks() -> Iterator[tuple[str, Attack]]:
-    """Every attack, made when it is asked for: together their messages would fill the memory."""
-    one = pb.SamplingParams(max_new_tokens=1)
-    yield "nothing", lambda _: Counter[str]()
-    yield "chat of 500,000 empty turns", _chat_flood(500_000, 1)
-    yield (
-        "4 × 4.2 million token ids",
-        _generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 4_194_000), sampling=one), 4),
-    )
-    yield "4 × a million stop token ids", _sampling(4, stop_token_ids=range(1_000_000))
-    yield "4 × a million stop strings", _sampling(4, stop=["x"] * 1_000_000)
-    yield "4 × 300,000 logit biases", _sampling(4, logit_bias=dict.fromkeys(range(300_000), 1.0))
-    yield "4 × 200,000 names in a mix", _mix(200_000, 1.0, 4)
-    yield "20 × a mix weight of 1e39", _mix(1, 1e39, 20)
-    yield (
-        "3 × a prompt of 0.8 MB, callers gone after 0.5 s",
-        _generate(pb.GenerateRequest(prompt="a " * 400_000), 3, timeout=0.5),
-    )
-    yield "4 × a prompt of 4 MB", _generate(pb.GenerateRequest(prompt="a " * 2_000_000), 4)
-    yield "8 × CountTokens of 4 MB", _count_tokens("é" * 2_000_000, 8)
-    yield (
-        "4 × n=16 with top_logprobs=20, 64 tokens each",
-        _sampling(4, n=16, top_logprobs=20, max_new_tokens=64, ignore_eos=True, temperature=1.0),
-    )
-    yield "500 unknown adapter names", _unknown_names(500)
-    yield "500 messages of noise", _noise(500)
-    yield "500 streams left at once", _leave_at_once(500)
-    yield "8 streams that nobody reads", _never_read(8, 3.0)
-    yield "200 idle connections to the public port", _idle_connections(lambda v: v.public, 200, 3.0)
-    yield "200 idle connections to the metrics port", _idle_connections(lambda v: v.metrics, 200, 3.0)
-    yield "an adapter with a tensor of 40,000 dimensions", _validate(_many_dimensions)
-    yield "an adapter with 100,000 tensors in its header", _validate(_many_tensors)
-    yield "an adapter with a pattern that backtracks", _validate(_one_pair, {"rank_pattern": {"(.*.*.*)*x": 2}})
+# Every attack, and what makes it: that is called when it is wanted, for together their messages would fill the memory.
+ATTACKS: Mapping[str, Callable[[], Attack]] = {
+    "nothing": lambda: lambda _: Counter[str](),
+    "chat of 500,000 empty turns": lambda: _chat_flood(500_000, 1),
+    "4 × 4.2 million token ids": lambda: _token_ids(4_194_000, 4),
+    "4 × a million stop token ids": lambda: _sampling(4, stop_token_ids=range(1_000_000)),
+    "4 × a million stop strings": lambda: _sampling(4, stop=["x"] * 1_000_000),
+    "4 × 300,000 logit biases": lambda: _sampling(4, logit_bias=dict.fromkeys(range(300_000), 1.0)),
+    "4 × 200,000 names in a mix": lambda: _mix(200_000, 1.0, 4),
+    "20 × a mix weight of 1e39": lambda: _mix(1, 1e39, 20),
+    "3 × a prompt of 0.8 MB, callers gone after 0.5 s": lambda: _prompt(400_000, 3, timeout=0.5),
+    "4 × a prompt of 4 MB": lambda: _prompt(2_000_000, 4),
+    "8 × CountTokens of 4 MB": lambda: _count_tokens("é" * 2_000_000, 8),
+    "4 × n=16 with top_logprobs=20, 64 tokens each": lambda: _sampling(
+        4, n=16, top_logprobs=20, max_new_tokens=64, ignore_eos=True, temperature=1.0
+    ),
+    "500 unknown adapter names": lambda: _unknown_names(500),
+    "500 messages of noise": lambda: _noise(500),
+    "500 streams left at once": lambda: _leave_at_once(500),
+    "8 streams that nobody reads": lambda: _never_read(8, 3.0),
+    "200 idle connections to the public port": lambda: _idle_connections(lambda v: v.public, 200, 3.0),
+    "200 idle connections to the metrics port": lambda: _idle_connections(lambda v: v.metrics, 200, 3.0),
+    "an adapter with a tensor of 40,000 dimensions": lambda: _validate(_many_dimensions),
+    "an adapter with 100,000 tensors in its header": lambda: _validate(_many_tensors),
+    "an adapter with a pattern that backtracks": lambda: _validate(_one_pair, {"rank_pattern": {"(.*.*.*)*x": 2}}),
+}
 
 
 def write_resident(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -25,12 +26,15 @@ else:
     )
     settings.load_profile("device")
 
-# Threads that wait for each other hardly move where other programs keep all cores busy; servers that tests start, too.
+# Threads that wait for each other hardly move where other programs keep all cores busy, and with tiny models they cost
+# more in waiting than they compute; in servers that tests start, too, hence the variables.
 os.environ.setdefault("LORAMUX_THREADS", "1")
-
-# Tiny models: a second thread costs more in waiting than it computes, most of all on a machine that others use too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if torch is not None:
     torch.set_num_threads(1)
+
+# What is imported stays: no collection looks at it while tests are found, nor later.
+gc.disable()
 
 collect_ignore = ["server"] if torch is None else []  # its conftest.py needs torch
 _NEED_TORCH = re.compile("No module named '(torch|transformers|bitsandbytes|triton|peft)'")
@@ -61,3 +65,9 @@ def qalora_on_any_base() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer.Linear, "resolve_lora_variant", resolve)
         yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loadtest.attacks import RESIDENT, Attack, Bystander, Victim, attacks, bystander, descriptors, write_resident
+from loadtest.attacks import ATTACKS, RESIDENT, Attack, Bystander, Victim, bystander, descriptors, write_resident
 from loadtest.commands.options import JsonFile, ModelOption
 from loadtest.console import emit, err, show_attacks
 from loadtest.server_process import serve
@@ -45,9 +45,9 @@ def attack(
         victim = Victim(address.target, address.admin, metrics, root, address.pid)
         watching = stack.enter_context(bystander(victim.public))
         rows = []
-        for name, run in attacks():
+        for name, make in ATTACKS.items():
             if only in name:
-                rows.append(_attacked(name, run, victim, watching))
+                rows.append(_attacked(name, make(), victim, watching))
                 err.print(f"{name}: {rows[-1]['longest_get_model_s']:.2f} s", highlight=False)
     show_attacks(rows)
     bad = [row["attack"] for row in rows if row["lost"] or row["longest_get_model_s"] > LONGEST]

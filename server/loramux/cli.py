@@ -31,6 +31,7 @@ from rich.text import Text
 from loramux import config, logs, values
 from loramux.errors import LoramuxError, StartupError
 from loramux.escaping import escape
+from loramux.importing import heavy_imports
 from loramux.terminal import Terminal, generated, sentence
 
 app = typer.Typer(
@@ -351,7 +352,6 @@ def merge(
     _require_server()
     from loramux.lora.ingredient import Ingredient
     from loramux.lora.roots import AdapterRoots
-    from loramux.merge import merge as write
     from loramux.progress import bar
     from loramux.tables import merge_table
 
@@ -362,6 +362,8 @@ def merge(
     weights = _mix(mix) if mix else {name: 1.0}
     roots = AdapterRoots(adapter_dir or [Path("adapters")])
     ingredients = [Ingredient(n, roots.resolve(n), weight) for n, weight in weights.items()]
+    with heavy_imports():
+        from loramux.merge import merge as write
     with bar(errors, f"Merging {', '.join(weights)} into {model}") as progress:
         report = write(model, ingredients, out, dtype=dtype, progress=progress)
     console.print(merge_table(report))
@@ -379,8 +381,9 @@ def quantize(
     """
     _require_server()
     from loramux.progress import bar
-    from loramux.quantize import quantize_to
 
+    with heavy_imports():
+        from loramux.quantize import quantize_to
     with bar(errors, f"Quantizing {source}") as progress:
         size = quantize_to(source, out, progress)
     _say(f"Wrote {out}: {size / 2**20:.1f} MiB. Serve it with: loramux serve --model {out}")

@@ -48,7 +48,7 @@ from loramux.answers import (
     UsedAdapter,
 )
 from loramux.links import AsyncLink, Connection, SyncLink
-from loramux.messages import put_input
+from loramux.messages import count_tokens_request
 from loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 __all__ = [
@@ -116,16 +116,14 @@ class Client(SyncLink):
         timeout: float | None = None,
     ) -> int:
         """How many tokens a prompt or a conversation takes; raises what `generate` does for one that is too long."""
-        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
-        put_input(message, prompt, messages, None)
+        message = count_tokens_request(prompt, messages, parse_special)
         counted = self._call(self._stub.CountTokens, message, timeout)
         return int(counted.tokens)
 
     def tokenize(self, prompt: str, *, parse_special: bool | None = None, timeout: float | None = None) -> list[int]:
         """The ids of a prompt."""
-        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
-        put_input(message, prompt, None, None)
-        return list((self._call(self._stub.CountTokens, message, timeout)).token_ids)
+        message = count_tokens_request(prompt, None, parse_special)
+        return list(self._call(self._stub.CountTokens, message, timeout).token_ids)
 
     def model(self, *, timeout: float | None = None) -> Model:
         """The base model and the server's limits."""
@@ -167,8 +165,7 @@ class AsyncClient(AsyncLink):
         timeout: float | None = None,
     ) -> int:
         """How many tokens a prompt or a conversation takes; raises what `generate` does for one that is too long."""
-        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
-        put_input(message, prompt, messages, None)
+        message = count_tokens_request(prompt, messages, parse_special)
         counted = await self._call(self._stub.CountTokens, message, timeout)
         return int(counted.tokens)
 
@@ -176,8 +173,7 @@ class AsyncClient(AsyncLink):
         self, prompt: str, *, parse_special: bool | None = None, timeout: float | None = None
     ) -> list[int]:
         """The ids of a prompt."""
-        message = generation_pb2.CountTokensRequest(parse_special=parse_special)
-        put_input(message, prompt, None, None)
+        message = count_tokens_request(prompt, None, parse_special)
         return list((await self._call(self._stub.CountTokens, message, timeout)).token_ids)
 
     async def model(self, *, timeout: float | None = None) -> Model:
@@ -204,15 +200,8 @@ class AdminClient(SyncLink):
         timeout: float | None = None,
     ) -> Adapter:
         """Load the folder `source` of the server's roots (empty: the folder `name`); returns when it is ready."""
-        message = messages.filled(
-            adapters_pb2.LoadAdapterRequest(),
-            name=name,
-            source=source,
-            replace=replace,
-            pin=pin,
-            validate_only=validate_only,
-        )
-        return messages.adapter((self._call(self._stub.LoadAdapter, message, timeout)).adapter)
+        message = messages.load_request(name, source, replace, pin, validate_only)
+        return messages.adapter(self._call(self._stub.LoadAdapter, message, timeout).adapter)
 
     def unload(
         self,
@@ -230,7 +219,7 @@ class AdminClient(SyncLink):
     def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """One adapter."""
         message = messages.filled(adapters_pb2.GetAdapterRequest(), name=name)
-        return messages.adapter((self._call(self._stub.GetAdapter, message, timeout)).adapter)
+        return messages.adapter(self._call(self._stub.GetAdapter, message, timeout).adapter)
 
     def list(self, *, timeout: float | None = None) -> AdapterList:
         """All adapters, by name."""
@@ -246,7 +235,7 @@ class AdminClient(SyncLink):
     def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> Adapter:
         """Pin an adapter, so that it is never evicted, or unpin it."""
         message = messages.filled(adapters_pb2.UpdateAdapterRequest(), name=name, pinned=pinned)
-        return messages.adapter((self._call(self._stub.UpdateAdapter, message, timeout)).adapter)
+        return messages.adapter(self._call(self._stub.UpdateAdapter, message, timeout).adapter)
 
     def merge(
         self,
@@ -288,14 +277,7 @@ class AsyncAdminClient(AsyncLink):
         timeout: float | None = None,
     ) -> Adapter:
         """Load the folder `source` of the server's roots (empty: the folder `name`); returns when it is ready."""
-        message = messages.filled(
-            adapters_pb2.LoadAdapterRequest(),
-            name=name,
-            source=source,
-            replace=replace,
-            pin=pin,
-            validate_only=validate_only,
-        )
+        message = messages.load_request(name, source, replace, pin, validate_only)
         return messages.adapter((await self._call(self._stub.LoadAdapter, message, timeout)).adapter)
 
     async def unload(

@@ -33,6 +33,8 @@ BASE_PROMPTS = (
 MAX_NEW_TOKENS = 64
 # Conversion of the embedded model on first use, on a slow machine.
 START_SECONDS = 900.0
+# Of loramux's variables the server gets those that are no settings of a server.
+_OF_THE_MACHINE = ("LORAMUX_CACHE", "LORAMUX_ISA", "LORAMUX_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def serving(model: str, adapter_dir: Path, names: list[str]) -> Iterator[dict[st
         command += ["--adapter-dir", str(adapter_dir), "--kv-memory", "256MiB", "--log-level", "warning"]
         for name in names:
             command += ["--adapter", name]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LORAMUX_") or k == "LORAMUX_CACHE"}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LORAMUX_") or k in _OF_THE_MACHINE}
         server = subprocess.Popen(command, env=environment)  # noqa: S603
         try:
             deadline = time.monotonic() + START_SECONDS

@@ -17,13 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from loramux import logs
 from loramux.errors import LoramuxError
+from loramux.importing import heavy_imports
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.ingredient import Ingredient
-from loramux.merge import merge
 from loramux.rpc import status
 
 log = logging.getLogger(__name__)
@@ -41,6 +39,10 @@ def main(hold: Callable[[int, int], None] = lambda done, total: None) -> None:
     logs.configure("warning")
     signal.signal(signal.SIGTERM, _leave)
     os.nice(_NICENESS)
+    with heavy_imports():
+        import torch
+
+        from loramux.merge import merge
     torch.set_num_threads(1)
 
     def say(message: dict[str, Any]) -> None:

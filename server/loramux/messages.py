@@ -42,7 +42,7 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
     message can hold (a negative n).
     """
     message = generation_pb2.GenerateRequest()
-    put_input(message, prompt, given.get("messages"), given.get("token_ids"))
+    _put_input(message, prompt, given.get("messages"), given.get("token_ids"))
     _put_mix(message, given.get("mix"))
     for name, value in given.items():
         if name in ("messages", "token_ids", "mix") or value is None:
@@ -57,25 +57,27 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
     return message
 
 
-def put_input(
-    message: generation_pb2.GenerateRequest | generation_pb2.CountTokensRequest,
-    prompt: str | None,
-    messages: Sequence[ChatTurn] | None,
-    token_ids: Sequence[int] | None,
-) -> None:
-    """Set the one input that is given. Raises TypeError for none or several, InvalidRequest for what cannot be sent."""
-    if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
-        raise TypeError("give exactly one of prompt, messages and token_ids")
-    if prompt is not None:
-        _put(message, "prompt", "prompt", prompt)
-    elif messages is not None:
-        if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
-            raise InvalidRequest("messages", f"must be a list of turns, got {_short(messages)}")
-        message.chat.SetInParent()
-        message.chat.messages.extend(_turn(turn, f"messages[{i}]") for i, turn in enumerate(messages))
-    elif token_ids is not None:
-        message.token_ids.SetInParent()
-        _put(message.token_ids, "ids", "token_ids", token_ids)
+def count_tokens_request(
+    prompt: str | None, turns: Sequence[ChatTurn] | None, parse_special: bool | None
+) -> generation_pb2.CountTokensRequest:
+    """The message; raises what `generate_request` does."""
+    message = generation_pb2.CountTokensRequest(parse_special=parse_special)
+    _put_input(message, prompt, turns, None)
+    return message
+
+
+def load_request(
+    name: str, source: str, replace: bool, pin: bool, validate_only: bool
+) -> adapters_pb2.LoadAdapterRequest:
+    """The message. Raises InvalidRequest for what cannot be sent."""
+    return filled(
+        adapters_pb2.LoadAdapterRequest(),
+        name=name,
+        source=source,
+        replace=replace,
+        pin=pin,
+        validate_only=validate_only,
+    )
 
 
 def unload_request(
@@ -97,6 +99,27 @@ def filled(message: M, **given: object) -> M:
     for name, value in given.items():
         _put(message, name, name, value)
     return message
+
+
+def _put_input(
+    message: generation_pb2.GenerateRequest | generation_pb2.CountTokensRequest,
+    prompt: str | None,
+    messages: Sequence[ChatTurn] | None,
+    token_ids: Sequence[int] | None,
+) -> None:
+    """Set the one input that is given. Raises TypeError for none or several, InvalidRequest for what cannot be sent."""
+    if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
+        raise TypeError("give exactly one of prompt, messages and token_ids")
+    if prompt is not None:
+        _put(message, "prompt", "prompt", prompt)
+    elif messages is not None:
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+            raise InvalidRequest("messages", f"must be a list of turns, got {_short(messages)}")
+        message.chat.SetInParent()
+        message.chat.messages.extend(_turn(turn, f"messages[{i}]") for i, turn in enumerate(messages))
+    elif token_ids is not None:
+        message.token_ids.SetInParent()
+        _put(message.token_ids, "ids", "token_ids", token_ids)
 
 
 def _put_mix(

@@ -25,6 +25,7 @@ from loramux import logs
 from loramux.checks import check, reserved_ports
 from loramux.config import Settings
 from loramux.errors import DeviceLost, StartupError
+from loramux.importing import heavy_imports
 from loramux.progress import Phases
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
             check(settings, ports_file)
             with reserved_ports(settings):
                 phases.begin("Importing torch")
-                from loramux.assembly import prepare_model
+                with heavy_imports():
+                    from loramux.assembly import prepare_model
 
                 logs.configure(settings.log_level, settings.log_format)  # libraries have set up their own
                 loaded = prepare_model(settings, phases)

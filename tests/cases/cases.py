@@ -45,10 +45,10 @@ def cases(folder: Path) -> list[Path]:
 
 @contextmanager
 def environment(folder: Path) -> Iterator[dict[str, str]]:
-    """What the cases read, of a server on the embedded model that runs meanwhile with `folder`/root as its root."""
-    root = folder / "root"
-    root.mkdir()
-    with serve(["--adapter-dir", str(root)], folder) as server:
+    """What the cases read, of a server on the embedded model that runs meanwhile with `folder`/[/x] as its root."""
+    root = folder / "[" / "x]"  # hostile/markup_in_folder_name
+    root.mkdir(parents=True)
+    with serve(["--adapter-dir", str(root), "--kv-memory", "256MiB"], folder) as server:
         yield {
             "ROOT": str(root),
             "LOG": str(folder / "server.log"),

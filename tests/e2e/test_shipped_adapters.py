@@ -38,7 +38,7 @@ def test_they_do_their_tasks_in_a_mixed_batch_as_alone_and_the_base_does_not() -
     """Fewer cases than `python -m adapters.recipes.score` runs for the README's table, with the same bounds."""
     pytest.importorskip("torch")
     with serving("smollm2", ROOT, NAMES) as ports:
-        scores = asyncio.run(score(ports["public"], NAMES, cases=12))
+        scores = asyncio.run(score(ports["public"], NAMES, cases=5))
     for s in scores:
         assert s.mixed >= ADAPTER_FLOOR, s
         assert s.base <= BASE_CEILING, s

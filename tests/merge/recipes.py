@@ -12,22 +12,22 @@ from loramux.lora.adapter import Adapter
 from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
 from loramux.model.causal_lm import flat_inputs
-from loramux.model.loading import dequantized_model, load_model
+from loramux.model.loading import load_model
 from loramux.ops.segment import Segment
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.model.tiny import greedy_flat
+from tests.model.tiny import dense_copy, greedy_flat
 
 PROMPT = [5, 17, 99, 3, 42, 8, 77]
-STEPS = 16
+STEPS = 8
 
 
 def peft_adapter(base: Path, folder: Path, **options: object) -> Path:
     """A random adapter, by PEFT itself."""
     torch.manual_seed(1)
-    model = get_peft_model(dequantized_model(str(base)), LoraConfig(task_type="CAUSAL_LM", **options))
+    model = get_peft_model(dense_copy(base), LoraConfig(task_type="CAUSAL_LM", **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn_like(parameter) * 0.1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,13 @@ import torch
 from loramux import merge as merging
 from loramux.errors import AdapterUnavailable, FolderExists, InvalidAdapter, InvalidRequest
 from loramux.merge import Ingredient, merge
-from loramux.model.loading import dequantized_model
 from loramux.quantize import quantize_to
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.merge.recipes import answers, batched, config_of, dense, peft_adapter, relative, scale_deltas
-from tests.model.tiny import save_tiny
+from tests.model.tiny import dense_copy, save_tiny
 from tests.server.stack import save_adapter, save_model
 
 # PEFT warns of lora_bias on layers without a bias, which is what some of these are about, and of a broken shard.
@@ -28,6 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny base of a family, the same each time."""
+    return functools.cache(lambda family: save_tiny(family, tmp_path_factory.mktemp(family)))
 
 
 @pytest.mark.parametrize("padding", [0, 8])
@@ -60,12 +67,14 @@ def test_an_embedding_that_was_saved_unchanged_is_left_out(base: Path, tmp_path:
         ("gpt2", {"r": 8, "use_dora": True, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ],
 )
-def test_every_weight_is_what_peft_merges(family: str, options: dict[str, object], tmp_path: Path) -> None:
-    base = save_tiny(family, tmp_path / "base")
+def test_every_weight_is_what_peft_merges(
+    family: str, options: dict[str, object], families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = families(family)
     adapter = peft_adapter(base, tmp_path / "adapter", **options)
     merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
     ours = load_file(tmp_path / "out" / "model.safetensors")
-    theirs = PeftModel.from_pretrained(dequantized_model(str(base)), adapter).merge_and_unload().state_dict()
+    theirs = PeftModel.from_pretrained(dense_copy(base), adapter).merge_and_unload().state_dict()
     assert ours.keys() <= theirs.keys()
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -95,14 +104,16 @@ def test_every_weight_is_what_peft_merges(family: str, options: dict[str, object
     ],
 )
 @pytest.mark.usefixtures("qalora_on_any_base")
-def test_the_folder_answers_as_peft_does_unmerged(family: str, options: dict[str, object], tmp_path: Path) -> None:
-    base = save_tiny(family, tmp_path / "base")
+def test_the_folder_answers_as_peft_does_unmerged(
+    family: str, options: dict[str, object], families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = families(family)
     adapter = peft_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8, **options)
     merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype="fp32")
     logits, text = dense(tmp_path / "out")
-    expected, greedy = answers(PeftModel.from_pretrained(dequantized_model(str(base)), adapter).eval())
+    expected, greedy = answers(PeftModel.from_pretrained(dense_copy(base), adapter).eval())
     assert relative(logits, expected) < 1e-4
-    assert relative(logits, answers(dequantized_model(str(base)))[0]) > 0.01
+    assert relative(logits, answers(dense_copy(base))[0]) > 0.01
     assert text == greedy
 
 
@@ -144,7 +155,7 @@ def test_the_error_of_dora_is_of_its_whole_change(
     adapter = save_adapter(tmp_path / "a", use_dora=True)
     report = merge(str(base), [Ingredient("a", adapter)], tmp_path / "out", dtype=dtype)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    dense = dequantized_model(str(base)).state_dict()
+    dense = dense_copy(base).state_dict()
     factors = load_file(adapter / "adapter_model.safetensors")
     assert len(report.layers) == 21
     for layer in report.layers:

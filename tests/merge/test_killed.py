@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.server.stack import save_adapter, save_model
 
-# Says when it is half-way, and waits there until it is told to go on.
+# Says who it is when it is half-way, and waits there until it is told to go on.
 HELD = """
-import sys
+import os, sys
 from pathlib import Path
 from loramux.merge import Ingredient, merge
 
 def hold(done, total):
     if done == total * int(sys.argv[4]) // 2:
-        print("held", flush=True)
+        print(os.getpid(), flush=True)
         sys.stdin.readline()
 
 merge(sys.argv[1], [Ingredient("a", Path(sys.argv[2]))], Path(sys.argv[3]), progress=hold)
@@ -50,7 +50,7 @@ main(hold)
 """
 
 
-def test_a_worker_that_is_told_to_end_twice_leaves_nothing(tmp_path: Path) -> None:
+def test_a_worker_that_is_told_to_end_twice_leaves_nothing(python: tuple[str, ...], tmp_path: Path) -> None:
     base, adapter, out = save_model(tmp_path / "base"), save_adapter(tmp_path / "a"), tmp_path / "out" / "merged"
     out.parent.mkdir()
     job = {
@@ -59,35 +59,32 @@ def test_a_worker_that_is_told_to_end_twice_leaves_nothing(tmp_path: Path) -> No
         "out": str(out),
         "dtype": "bf16",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", TOLD_TWICE], input=json.dumps(job), capture_output=True, text=True, check=False
-    )
+    script = tmp_path / "told_twice.py"
+    script.write_text(TOLD_TWICE)
+    done = subprocess.run([*python, str(script)], input=json.dumps(job), capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert list(out.parent.iterdir()) == []
 
 
-def held(base: Path, adapter: Path, out: Path, halves: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", HELD, str(base), str(adapter), str(out), str(halves)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
 @pytest.mark.parametrize("halves", [1, 2], ids=["half-way", "after the last tensor"])
-def test_sigkill_leaves_nothing_that_looks_finished(halves: int, tmp_path: Path) -> None:
+def test_sigkill_leaves_nothing_that_looks_finished(halves: int, python: tuple[str, ...], tmp_path: Path) -> None:
     base, adapter = save_model(tmp_path / "base"), save_adapter(tmp_path / "a")
     out = tmp_path / "out" / "merged"
     out.parent.mkdir()
-    process = held(base, adapter, out, halves)
-    try:
-        (scratch,) = out.parent.iterdir()
-        # Another merge into the same place must not take it for a leftover while it runs.
-        merge(str(base), [Ingredient("a", adapter)], out.parent / "other")
-        assert scratch.is_dir()
-    finally:
-        process.kill()
-        process.communicate()
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    command = [*python, str(script), str(base), str(adapter), str(out), str(halves)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        try:
+            (scratch,) = out.parent.iterdir()
+            # Another merge into the same place must not take it for a leftover while it runs.
+            merge(str(base), [Ingredient("a", adapter)], out.parent / "other")
+            assert scratch.is_dir()
+        finally:
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     assert not out.exists()
     assert {p.name for p in out.parent.iterdir()} == {scratch.name, "other"}
     assert scratch.name.startswith(".")

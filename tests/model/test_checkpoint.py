@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 import torch
 from loramux.errors import StartupError, UnsupportedModel
+from loramux.model import sources
 from loramux.model.causal_lm import flat_inputs
 from loramux.model.checkpoint import write_checkpoint
 from loramux.model.loading import dequantized_model, load_model
@@ -51,6 +53,24 @@ def test_our_checkpoint_loads_in_transformers_and_here(family: str, tmp_path: Pa
     name = "model.layers.0.self_attn.q_proj" if family == "llama" else "transformer.h.0.attn.c_attn"
     expected = dequantized_model(str(source)).get_parameter(name + ".weight")
     assert torch.equal(weight.float(), (expected.T if family == "gpt2" else expected).to(weight.dtype).float())
+
+
+def test_a_file_is_opened_twice_for_a_quantized_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each opening reads the header: with one for each entry of such a weight, loading took half as long again."""
+    source = FolderSource(save_tiny("llama", tmp_path / "dense"), "tiny")
+    out = tmp_path / "nf4"
+    out.mkdir()
+    weights = len(list(write_checkpoint(source, out, torch.float32)))
+    opened: list[Path] = []
+    original = sources.safe_open
+
+    def counting(path: Path, framework: str) -> object:
+        opened.append(path)
+        return original(path, framework=framework)
+
+    monkeypatch.setattr(sources, "safe_open", counting)
+    load_model(FolderSource(out, "tiny"), dtype="fp32")
+    assert len(opened) <= 1 + 2 * weights, "one for the index"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -116,11 +136,11 @@ def test_weights_stream_through_memory_one_at_a_time(tmp_path: Path) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
 
     class Watched(FolderSource):
-        def get(self, key: str) -> torch.Tensor:
-            assert sum(t() is not None for t in alive) <= 1, f"earlier tensors still alive when {key} is read"
-            tensor = super().get(key)
-            alive.append(weakref.ref(tensor))
-            return tensor
+        def get_all(self, keys: Collection[str]) -> dict[str, torch.Tensor]:
+            assert sum(t() is not None for t in alive) <= 1, f"earlier tensors still alive when {keys} are read"
+            tensors = super().get_all(keys)
+            alive.extend(map(weakref.ref, tensors.values()))
+            return tensors
 
     load_model(Watched(save_tiny("llama", tmp_path), "tiny"), dtype="bf16")
     assert len(alive) > 20

@@ -13,12 +13,12 @@ from loramux.lora.limits import ReadLimits
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.snapshot import measure
 from loramux.model.causal_lm import CausalLM, flat_inputs
-from loramux.model.loading import dequantized_model, load_model
+from loramux.model.loading import load_model
 from loramux.ops.segment import Segment
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer
 
-from tests.model.tiny import greedy_flat, save_tiny
+from tests.model.tiny import dense_copy, greedy_flat, save_tiny
 
 # PEFT warns of lora_bias on layers without a bias (which matters for merging) and takes it for a broken shard.
 pytestmark = [
@@ -124,10 +124,9 @@ def build(family: str, configs: dict[str, dict[str, Any]], folder: Path) -> Sett
     """Random adapters by PEFT itself, saved and loaded again, so that what it reads is what we read."""
     uses: dict[str, dict[str, float]] = {"": {}} | {name: {name: 1.0} for name in configs} | MIXES[family]
     setting = Setting(save_tiny(family, folder / "base"), uses)
-    base = str(setting.base)
     for i, (name, options) in enumerate(configs.items()):
         torch.manual_seed(i)
-        model = get_peft_model(dequantized_model(base), LoraConfig(task_type="CAUSAL_LM", **options))
+        model = get_peft_model(dense_copy(setting.base), LoraConfig(task_type="CAUSAL_LM", **options))
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.data = torch.randn_like(parameter) * 0.1
@@ -144,7 +143,7 @@ def build(family: str, configs: dict[str, dict[str, Any]], folder: Path) -> Sett
 
 def peft_model(setting: Setting, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """What PEFT makes of a name; a mix are several active adapters, whose branches it adds up."""
-    model: Any = dequantized_model(str(setting.base), dtype=dtype)
+    model: Any = dense_copy(setting.base, dtype)
     uses = setting.uses[name]
     names = {adapter: f"adapter{i}" for i, adapter in enumerate(uses)}
     for adapter in uses:
@@ -171,7 +170,7 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
     model.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
 
@@ -227,7 +226,7 @@ def test_float32_logits_equal_pefts(setting: Setting) -> None:
 
 def test_greedy_tokens_equal_pefts(setting: Setting) -> None:
     model, names, sequences, segments = mixed(setting, "fp32")
-    got = greedy_flat(model, sequences, 12, segments)
+    got = greedy_flat(model, sequences, 6, segments)
     for i, name in enumerate(names):
         assert got[i * len(PROMPTS) : (i + 1) * len(PROMPTS)] == setting.greedy[name], name
 

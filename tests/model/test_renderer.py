@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<b>"}, {"role": "user", "content": "?"}]
 GOOD = "{{ bos_token }}{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}### assistant:"
+# A child that gives conversations less time than usual.
+HASTY = "from loramux.model import template_child; template_child.CPU_SECONDS = 0.3; template_child.main()"
 HOSTILE = {
     "a loop without an end": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a huge string": "{{ 'x' * 10**10 }}",
@@ -23,6 +26,13 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[TemplateRenderer]:
     renderer = TemplateRenderer({"bos_token": "<s>"})
+    yield renderer
+    renderer.close()
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[TemplateRenderer]:
+    renderer = TemplateRenderer({"bos_token": "<s>"}, (sys.executable, "-c", HASTY))
     yield renderer
     renderer.close()
 
@@ -68,9 +78,9 @@ def test_the_sandbox_is_transformers_own(renderer: TemplateRenderer, template: s
 
 
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_template_is_refused_and_harms_no_other(renderer: TemplateRenderer, template: str) -> None:
+def test_a_hostile_template_is_refused_and_harms_no_other(hasty: TemplateRenderer, template: str) -> None:
     with pytest.raises(InvalidRequest):
-        renderer.render(template, TURNS)
+        hasty.render(template, TURNS)
     with contextlib.suppress(InvalidAdapter):  # some would not be noticed at load
-        renderer.check(template)
-    assert renderer.render(GOOD, TURNS).startswith("<s>### user: Hi")
+        hasty.check(template)
+    assert hasty.render(GOOD, TURNS).startswith("<s>### user: Hi")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from loramux.model.causal_lm import CausalLM, flat_inputs
+from loramux.model.loading import dequantized_model
 from loramux.ops.segment import Segment
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -67,6 +70,16 @@ def save_tiny(family: str, folder: Path, **overrides: Any) -> Path:
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     return folder
+
+
+@functools.lru_cache(maxsize=4)
+def _dense(folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    return dequantized_model(folder, dtype)
+
+
+def dense_copy(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """`dequantized_model` of a folder whose content never changes; quicker for one that was asked for already."""
+    return copy.deepcopy(_dense(str(folder), dtype))
 
 
 def greedy_flat(

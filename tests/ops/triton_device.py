@@ -46,6 +46,27 @@ def let_loops_end_at_tensors() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def patch_the_language_once_a_launch() -> None:
+    """For each call of a function inside a kernel the interpreter looks through all of triton.language again."""
+    from triton.runtime import interpreter
+
+    launch: Any = interpreter.GridExecutor.__call__
+    patched: set[str] = set()  # modules whose view of the language is
+
+    def launching(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launching
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def sum_all_rows_alike(patch: pytest.MonkeyPatch) -> None:
     """The interpreter's dot is a BLAS's, which sums the rows of a matrix in different orders; tensor cores do not."""
     from triton.runtime import interpreter
@@ -60,3 +81,4 @@ def sum_all_rows_alike(patch: pytest.MonkeyPatch) -> None:
 if DEVICE.type == "cpu":
     round_like_a_gpu()
     let_loops_end_at_tensors()
+    patch_the_language_once_a_launch()

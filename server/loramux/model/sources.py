@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class TensorSource(ABC):
     @abstractmethod
     def get(self, key: str) -> Tensor:
         """One tensor on the CPU, as stored."""
+
+    def get_all(self, keys: Collection[str]) -> dict[str, Tensor]:
+        """Several, where they are wanted together."""
+        return {key: self.get(key) for key in keys}
 
     def companions(self, key: str) -> list[str]:
         """Names of the tensors that describe the quantized tensor `key`."""
@@ -120,10 +124,16 @@ class FolderSource(TensorSource):
         return self._files.keys()
 
     def get(self, key: str) -> Tensor:
-        # Opened for each tensor: the mapping, and with it the pages read, goes when the tensor does.
-        with safe_open(self._files[key], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
-            return tensor
+        return self.get_all([key])[key]
+
+    def get_all(self, keys: Collection[str]) -> dict[str, Tensor]:
+        # Opened each time: the mapping, and with it the pages read, goes when the tensors do. Opening reads the whole
+        # header, so what is wanted together is asked for together.
+        with ExitStack() as stack:
+            opened = {
+                path: stack.enter_context(safe_open(path, framework="pt")) for path in {self._files[k] for k in keys}
+            }
+            return {key: opened[self._files[key]].get_tensor(key) for key in keys}
 
     def companions(self, key: str) -> list[str]:
         return self._companions.get(key, [])

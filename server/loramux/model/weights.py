@@ -124,7 +124,8 @@ class WeightReader:
         stored = self._source.get(key)
         try:
             if stored.dtype == torch.uint8:
-                entries = {k.removeprefix(key + "."): self._source.get(k) for k in self._source.companions(key)}
+                entries = self._source.get_all(self._source.companions(key))
+                entries = {k.removeprefix(key + "."): entry for k, entry in entries.items()}
                 weight = NF4Weight.from_checkpoint(stored, entries).to(device)
             else:
                 dense = stored.to(device)

@@ -9,10 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+import numpy as np
 from loramux.client import AdminClient, Client
 from loramux.errors import LoramuxError
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 ROOT = Path(os.environ["ROOT"])
 LOG = os.environ.get("LOG", os.devnull)
@@ -31,10 +31,10 @@ except LoramuxError as error:
 
 
 def factors(key=KEY, projections=("q_proj", "v_proj"), r=8, seed=0, std=0.05):
-    random, out = torch.Generator().manual_seed(seed), {}
+    random, out = np.random.default_rng(seed), {}
     for k, (i, o) in ((key.format(l=layer, p=p), SIZES[p]) for layer in range(30) for p in projections):
-        out[k + ".lora_A.weight"] = torch.randn(r, i, generator=random) * std
-        out[k + ".lora_B.weight"] = torch.randn(o, r, generator=random) * std
+        out[k + ".lora_A.weight"] = random.standard_normal((r, i), np.float32) * np.float32(std)
+        out[k + ".lora_B.weight"] = random.standard_normal((o, r), np.float32) * np.float32(std)
     return out
 
 
