@@ -39,7 +39,7 @@ def served(job: Job) -> None:
         names = [path.name for path in write_adapters(root, shapes, count=job.scale.served_adapters, ranks=ranks)]
         arguments = ["--model", str(folder / "model"), "--device", job.scale.device, "--adapter-dir", str(root)]
         arguments += ["--max-context", "1024", "--adapter-memory", "4GiB", "--log-level", "warning"]
-        for flags in ([FLAG],) if job.scale.device == "cpu" else ([], [FLAG]):
+        for flags in ([FLAG],) if job.scale.device == "cpu" else ([FLAG], []):
             with job.report.filling(served=" ".join([decoder.name, *flags])) as row:
                 job.attempt("a server", partial(one_server, job, row, [*arguments, *flags], names, folder))
 

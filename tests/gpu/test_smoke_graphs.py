@@ -24,6 +24,7 @@ from loramux.lora.staging import to_device
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.inputs import ModelInputs
 from loramux.model.loading import load_model
+from loramux.model.warm_up import warm_up
 from loramux.ops.cuda.backend import TritonBackend
 from loramux.ops.segment import AdapterWeights, LoraWeights, Segment
 
@@ -52,6 +53,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
 def captured(model: CausalLM) -> CausalLM:
     """With a cache for the most rows, and graphs."""
     model.allocate_kv(ROWS[-1] * CONTEXT // BLOCK, BLOCK)
+    if CUDA:
+        warm_up(model, ROWS[-1], 64)  # else the ladder's kernels are compiled one after another
     caches = [t for cache in model._step.caches.values() for t in (cache.keys, cache.values)]
     model.capture_decode_steps(ROWS[-1], None if CUDA else TapeRecorder(lambda: caches))
     return model
