@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -92,10 +93,12 @@ def compile_kernels(job: Job) -> None:
 def precompile(job: Job, tell: Callable[[Any], None]) -> None:
     """What steps of the measured model launch; in a dry run, some of it, for a card that is not there."""
     from loramux.ops.cuda import precompile as ahead
+    from loramux.ops.cuda.linear import can_overlap
 
     decoder, dry = job.scale.steps, job.scale.device == "cpu"
     heads = decoder.heads, decoder.kv_heads, decoder.head_dim
     shapes = ahead.Shapes.llama(decoder.hidden, decoder.inner, *heads, decoder.vocab)
+    shapes = replace(shapes, overlap=can_overlap(torch.device(job.scale.device)))
     wanted = ahead.Steps((8,), (0,), (False,)) if dry else ahead.steps(max(job.scale.mixed_ranks), invariant=False)
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     processes = os.cpu_count() or 1

@@ -16,7 +16,7 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16)  # what the Triton kernels compu
 # What Triton's matrix products of bfloat16 need.
 _LEAST_CAPABILITY = (8, 0)
 # The cards that `make gpu-check` has passed on, by their compute capability: docs/gpu.md.
-_TRIED: frozenset[tuple[int, int]] = frozenset()
+_TRIED = frozenset({(9, 0)})
 
 
 def select_backend(

@@ -15,7 +15,7 @@ from loramux.ops.backend import BoundSegments, Linear, LinearPart
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import Operation, TritonLinear
+from loramux.ops.cuda.linear import Operation, TritonLinear, can_overlap
 from loramux.ops.cuda.precompile import Heads, Shapes, Steps, compiled_before, precompile, steps
 from loramux.ops.cuda.segments import TritonSegments, bind
 from loramux.ops.fused import CapturableBackend, FusedLinear, LayerOperations
@@ -120,6 +120,7 @@ class TritonBackend(CapturableBackend):
             vocabulary=self._vocabulary,
             dtype=str(self._dtype).removeprefix("torch."),
             invariant=self.batch_invariant,
+            overlap=can_overlap(self._device),
         )
         major, minor = torch.cuda.get_device_capability(self._device)
         before = compiled_before(shapes, wanted, 10 * major + minor)

@@ -34,9 +34,6 @@ _DOWN_INPUTS = 512
 _DOWN_SPLITS = 8
 _DOWN_SPLITS_OF_MANY = 4
 MANY_SEGMENTS = 16
-# Whether nf4_linear begins while lora_down runs (programmatic dependent launch; 9.0 and newer).
-overlap = False
-
 _interpreted = not isinstance(nf4_linear, triton.JITFunction)
 
 
@@ -83,7 +80,7 @@ def tiling(rows: int, *, invariant: bool) -> Tiling:
     if rows <= 16:
         return Tiling(64, 16, 2, 4, 2, 1056)
     if rows <= 32:
-        return Tiling(64, 32, 2, 4, 1, 528)
+        return Tiling(64, 32, 2, 4, 1, 1056)
     if rows <= 64:
         return Tiling(64, 64, 4, 4, 1, 528)
     return Tiling(64, 128, 4, 3, 1, 132)
@@ -124,10 +121,18 @@ class TritonLinear(FusedLinear):
     """
 
     def __init__(
-        self, tiled: TiledNF4, biases: Sequence[Tensor | None], sites: Sequence[int], *, invariant: bool = False
+        self,
+        tiled: TiledNF4,
+        biases: Sequence[Tensor | None],
+        sites: Sequence[int],
+        *,
+        overlap: bool,
+        invariant: bool = False,
     ) -> None:
-        """`biases` and `sites` (indices into an adapter's offsets and ranks): one for each part of `tiled`."""
+        """`biases` and `sites` (indices into an adapter's offsets and ranks): one for each part of `tiled`. `overlap`:
+        W·x begins while A·x is computed, on a device that `can_overlap`."""
         self._tiled = tiled
+        self._overlap = overlap
         self._invariant = invariant
         device = tiled.codes.device
         self._sites = torch.tensor(list(sites), dtype=torch.int64, device=device)
@@ -156,7 +161,8 @@ class TritonLinear(FusedLinear):
         """The operation of parts that `accepts` takes, on their device."""
         weights = _nf4(parts)
         assert weights is not None
-        return cls(TiledNF4.pack(weights), [part.bias for part in parts], sites, invariant=invariant)
+        tiled, biases = TiledNF4.pack(weights), [part.bias for part in parts]
+        return cls(tiled, biases, sites, overlap=can_overlap(tiled.codes.device), invariant=invariant)
 
     @staticmethod
     def accepts(parts: Sequence[LinearPart]) -> bool:
@@ -246,11 +252,11 @@ class TritonLinear(FusedLinear):
             BLOCK_N=shape.outputs,
             BLOCK_T=shape.rows,
             ASSEMBLY=_assembly(x.dtype),
-            WAIT=lora and overlap,
+            WAIT=lora and self._overlap,
             WIDE=_interpreted,
             num_warps=shape.warps,
             num_stages=shape.stages,
-            **({"launch_pdl": True} if lora and overlap else {}),
+            **({"launch_pdl": True} if lora and self._overlap else {}),
         )
 
     def _down(self, x: Tensor, segments: TritonSegments) -> tuple[Tensor, Tensor]:
@@ -281,7 +287,7 @@ class TritonLinear(FusedLinear):
             BLOCK_R=shape.ranks,
             BLOCK_T=shape.rows,
             BLOCK_K=shape.inputs,
-            OVERLAP=overlap,
+            OVERLAP=self._overlap,
             WIDE=_interpreted,
             num_warps=4,
             num_stages=shape.stages,
@@ -303,6 +309,11 @@ class TritonLinear(FusedLinear):
         while programs * splits < enough and splits < _MAX_SPLITS and blocks // (2 * splits) >= _LEAST_BLOCKS:
             splits *= 2
         return splits
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin while the one before it runs, and wait for it (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _whole_turns(blocks: int, splits: int, turn: int) -> bool:

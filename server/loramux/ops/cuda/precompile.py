@@ -64,6 +64,7 @@ class Shapes:
     """What the launches of a model depend on.
 
     vocabulary  logits of a row, for the sampler; 0: none
+    overlap     whether the card can run an operation's two kernels side by side (`can_overlap`)
     """
 
     operations: tuple[Operation, ...]
@@ -73,6 +74,7 @@ class Shapes:
     dtype: str = "bfloat16"
     invariant: bool = False
     block_size: int = 16
+    overlap: bool = False
 
     @classmethod
     def llama(cls, hidden: int, intermediate: int, heads: int, kv_heads: int, dim: int, vocabulary: int) -> Shapes:
@@ -261,7 +263,7 @@ def _launch_all(shapes: Shapes, wanted: Steps, launches: _Launches) -> None:
     def empty(*size: int) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=META)
 
-    linears = [_linear(operation, invariant=shapes.invariant) for operation in shapes.operations]
+    linears = [_linear(operation, shapes) for operation in shapes.operations]
     for rows in wanted.rows:
         for rank in wanted.ranks:
             # Of few segments and of many, of adapters without extras and with them.
@@ -318,7 +320,7 @@ def _attend(shapes: Shapes, heads: Heads, dtype: torch.dtype, launches: _Launche
         attention(rotated, k, v, cache, batch, shape, invariant=shapes.invariant)
 
 
-def _linear(operation: Operation, *, invariant: bool) -> TritonLinear:
+def _linear(operation: Operation, shapes: Shapes) -> TritonLinear:
     """Of a shape, without weights."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -336,7 +338,7 @@ def _linear(operation: Operation, *, invariant: bool) -> TritonLinear:
         values=empty(16),
     )
     biases = [empty(n) if operation.bias else None for n in operation.outputs]
-    return TritonLinear(tiled, biases, range(parts), invariant=invariant)
+    return TritonLinear(tiled, biases, range(parts), overlap=shapes.overlap, invariant=shapes.invariant)
 
 
 def main(request: dict[str, Any]) -> None:
