@@ -19,7 +19,7 @@ OLDEST_LIBRARIES := torch==2.11.* transformers==5.17.* triton==3.6.*
 GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cases fuzz attack lint lint-docker check-install check-py312 check-oldest dist gemma bench bench-adapters soak gpu-check gpu-wheels stubs clean
+.PHONY: help demo test cases fuzz attack lint lint-docker check-install check-py312 check-oldest dist gemma bench bench-adapters soak gpu-check gpu-compile gpu-wheels stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ soak: $(VENV)/.demo ## 10,000 adapter loads and unloads under traffic; then once
 
 gpu-check: ## Check and measure the GPU path with the Python that is there (docs/gpu.md); GPU_CHECK="--parts steps,gemm"
 	PYTHONPATH="$(CURDIR)/server:$(CURDIR):$$PYTHONPATH" $(PYTHON) -m loadtest gpu-check $(GPU_CHECK)
+
+gpu-compile: $(VENV)/.test ## Compile every GPU kernel for large models and several cards, without a GPU; some minutes
+	LORAMUX_COMPILE_ALL=1 $(BIN)/python -m pytest -q -rA tests/ops/test_precompile.py -k every_model
 
 gpu-wheels: $(VENV)/.test ## Fill .wheels with what a GPU machine without a network may lack, for Python 3.12 (docs/gpu.md)
 	$(BIN)/python -m loadtest.gpu.wheels
