@@ -159,9 +159,10 @@ def _branches(
 ):
     """acc [outputs, rows] plus B·h of the segments that cover a row of t; B is read for those alone.
 
-    A walk over pairs of a segment and sixteen of its ranks, TOGETHER of them in one product of step · TOGETHER, from
-    first · TOGETHER on: one after another, each would wait for its own addresses and its own factor. Where another
-    row's adapter stands a row meets zeros, and its own ranks come in sixteens: its sum does not depend on the others.
+    A walk over pairs of a segment and sixteen of its ranks, TOGETHER of them in one product: one after another, each
+    would wait for its own addresses and its own factor. This is the `first` of `step` programs that share the walk.
+    Where another row's adapter stands a row meets zeros, and its own ranks come in sixteens: its sum does not depend on
+    the others.
     """
     chunks = max_rank // RANKS_AT_ONCE
     total = tl.load(table).to(tl.int32) * chunks
