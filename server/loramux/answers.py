@@ -180,6 +180,8 @@ class Model:
     version: str
     target_modules: tuple[str, ...]
     merged_adapter: str
+    max_chat_turns: int
+    max_mix: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ async def test_get_model_tells_the_limits(tmp_path: Path) -> None:
         model = await r.client.model()
         assert (model.model, model.architecture, model.device) == ("fake", "FakeForCausalLM", "cpu")
         assert (model.vocab_size, model.max_context) == (260, 256)
-        assert (model.max_n, model.max_stop_strings, model.max_top_logprobs) == (16, 16, 20)
+        assert (model.max_n, model.max_stop_strings, model.max_top_logprobs, model.max_mix) == (16, 16, 20, 8)
+        assert model.max_chat_turns == 256  # of 1024: each takes a token of the context at least
         assert model.bits_per_weight == pytest.approx(4.127)
         assert model.target_modules == ("q_proj", "v_proj")
 

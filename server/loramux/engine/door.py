@@ -37,6 +37,11 @@ class Limits:
         """Tokens; one place is left for the first generated token."""
         return self.max_context - 1
 
+    @property
+    def max_chat_turns(self) -> int:
+        """Each turn takes a token at least."""
+        return min(self.settings.max_chat_turns, self.max_context)
+
 
 def check_request(
     sampling: SamplingParams,

@@ -85,4 +85,6 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             version=__version__,
             target_modules=self._model.target_modules,
             merged_adapter=self._model.merged_adapter,
+            max_chat_turns=limits.max_chat_turns,
+            max_mix=limits.settings.max_mix,
         )

@@ -18,10 +18,9 @@ _V1 = "loramux.v1."
 def bounds(limits: Limits) -> Bounds:
     """The bound of every repeated field of a request."""
     s = limits.settings
-    turns = min(s.max_chat_turns, limits.max_context)  # each takes a token at least
     return {
         _V1 + "TokenIds.ids": Bound("token_ids", limits.longest_prompt, "tokens", "PROMPT_TOO_LONG", fields=0),
-        _V1 + "Chat.messages": Bound("chat.messages", turns, "turns", "TOO_MANY_TURNS", fields=3),
+        _V1 + "Chat.messages": Bound("chat.messages", limits.max_chat_turns, "turns", "TOO_MANY_TURNS", fields=3),
         _V1 + "GenerateRequest.mix": Bound("mix", s.max_mix, "adapters", fields=3),
         _V1 + "MergeAdapterRequest.mix": Bound("mix", MAX_MERGED, "adapters", fields=3),
         _V1 + "SamplingParams.logit_bias": Bound("sampling.logit_bias", s.max_logit_bias, "entries", fields=3),

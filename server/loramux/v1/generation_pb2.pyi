@@ -266,7 +266,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "architecture", "parameters", "bits_per_weight", "weight_bytes", "device", "max_context", "vocab_size", "kv_capacity_tokens", "max_n", "max_stop_strings", "max_top_logprobs", "version", "target_modules", "merged_adapter")
+    __slots__ = ("model", "architecture", "parameters", "bits_per_weight", "weight_bytes", "device", "max_context", "vocab_size", "kv_capacity_tokens", "max_n", "max_stop_strings", "max_top_logprobs", "version", "target_modules", "merged_adapter", "max_chat_turns", "max_mix")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,8 @@ class GetModelResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     MERGED_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHAT_TURNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MIX_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     parameters: int
@@ -297,4 +299,6 @@ class GetModelResponse(_message.Message):
     version: str
     target_modules: _containers.RepeatedScalarFieldContainer[str]
     merged_adapter: str
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., bits_per_weight: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., version: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ..., merged_adapter: _Optional[str] = ...) -> None: ...
+    max_chat_turns: int
+    max_mix: int
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., bits_per_weight: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., version: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ..., merged_adapter: _Optional[str] = ..., max_chat_turns: _Optional[int] = ..., max_mix: _Optional[int] = ...) -> None: ...
