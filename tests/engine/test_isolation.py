@@ -97,7 +97,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "stop strings": (stop_strings.StopScanner, "feed", _held_as("scanner")),
     "a token's text": (engine.Engine, "_logprobs", lambda self, token: token.logprob is not None),
     "usage": (group.Group, "usage", _ours),
-    "timings": (group.Group, "timings", _ours),
+    "timings": (group.Group, "timings", lambda group, now: _ours(group)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from loramux.engine.request import Delta, Event, Request
 from loramux.engine.settings import EngineSettings
 from loramux.errors import LoramuxError
-from loramux.logs import TextFormatter
+from loramux.logs import JsonFormatter, TextFormatter
 from loramux.metrics import FINISHED_REASONS
 from loramux.rpc import status
 from loramux.v1.generation_pb2 import GenerateRequest, GenerateStreamRequest, SamplingParams
@@ -301,7 +302,38 @@ async def test_every_request_has_one_outcome(
             assert sum(samples(r, "loramux_adapter_requests_total").values()) == 1
         lines = [record for record in caplog.records if record.message == "request"]
         assert len(lines) == caller.sent
+        timed = [line for line in map(TextFormatter().format, lines) if "cached_tokens=" in line]
+        assert len(timed) == sum(taken.values())  # all that the engine had, however they ended
+        assert all(f" {part}_seconds=" in line for line in timed for part in ("queue", "prefill", "decode"))
         await caller.channel.close()
+
+
+async def test_the_line_of_a_failed_request_tells_how_far_it_came(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only those that ended well had cached tokens, and where the time went."""
+    caplog.set_level(logging.INFO, "loramux.rpc.telemetry")
+    prompt = "eight by eight by eight"
+    async with running(tmp_path, **ONE_AT_A_TIME | SLOW) as r:
+        await r.client.generate(prompt, max_new_tokens=1)  # so that the next one finds it in the cache
+        stream = r.client.stream(prompt, max_new_tokens=200, ignore_eos=True)
+        for _ in range(4):
+            await anext(stream)
+        waits = asyncio.create_task(r.client.generate("waits"))
+        await r.until(waiting=1)
+        waits.cancel()
+        await outcomes(r, 2)
+        await stream.aclose()
+        await outcomes(r, 3)
+        lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records if record.message == "request"]
+    first, queued, decoding = lines
+    assert (first["status"], first["cached_tokens"]) == ("OK", 0)
+    assert (queued["status"], queued["cached_tokens"]) == ("CANCELLED", 0)
+    assert queued["queue_seconds"] > 0
+    assert queued["prefill_seconds"] == queued["decode_seconds"] == 0
+    assert (decoding["status"], decoding["cached_tokens"]) == ("CANCELLED", 20)
+    assert decoding["prefill_seconds"] > 0
+    assert decoding["decode_seconds"] > 0
 
 
 async def test_tokens_count_as_they_are_delivered(tmp_path: Path) -> None:

@@ -287,10 +287,10 @@ class Engine:
     def _note_starts(self, rows: list[Row]) -> None:
         now = self._clock()
         for row in rows:
-            group = row.sequence.group
-            if group.first_scheduled is None:
-                group.first_scheduled = now
-                group.cached_tokens = row.start
+            progress = row.sequence.group.progress
+            if progress.first_scheduled is None:
+                progress.first_scheduled = now
+                progress.cached_tokens = row.start
 
     def _build(self, rows: list[Row]) -> Batch | None:
         """The batch of these rows, without the requests that cannot be laid out; None if none can."""
@@ -434,22 +434,22 @@ class Engine:
             text, reason = seq.accept(token.token_id)
             delta = Delta(seq.index, text, [token.token_id], self._logprobs(token))
             self._generated += 1
-            group.last_token = now
-            if group.first_token is None:
-                group.first_token = now
+            if group.progress.first_token is None:
+                group.progress.first_token = now
+            group.progress.last_token = now
             group.sink(delta)
             if reason is not None:
-                self._end_sequence(seq, reason)
+                self._end_sequence(seq, reason, now)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
             self._fail([group], error)
 
-    def _end_sequence(self, seq: Sequence, reason: FinishReason) -> None:
+    def _end_sequence(self, seq: Sequence, reason: FinishReason, now: float) -> None:
         group = seq.group
         group.unfinished -= 1
         last = group.unfinished == 0
-        event = SequenceFinished(seq.index, reason, seq.scanner.found, group.usage(), group.timings(), last=last)
+        event = SequenceFinished(seq.index, reason, seq.scanner.found, group.usage(), group.timings(now), last=last)
         if last:
             self.finish(group, event)
         else:

@@ -14,6 +14,7 @@ from loramux.engine.kv_cache import cache_root
 from loramux.engine.request import (
     AdapterUse,
     Event,
+    Progress,
     Request,
     Timings,
     Usage,
@@ -65,20 +66,20 @@ class Group:
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
     prompt_computed: bool = False
-    cached_tokens: int = 0
     loading: bool = False
     loading_since: float | None = None
-    load_seconds: float = 0.0
-    first_scheduled: float | None = None
-    first_token: float | None = None
-    last_token: float = 0.0
+
+    @property
+    def progress(self) -> Progress:
+        """The request's own, which outlives the group."""
+        return self.request.progress
 
     def observe(self, now: float) -> LoramuxError | None:
         """Note how long the adapters take to load; return the error that ends the request now, if any."""
         if self.request.deadline is not None and now >= self.request.deadline:
-            where = "running" if self.first_scheduled is not None else "queued"
+            where = "running" if self.progress.first_scheduled is not None else "queued"
             return DeadlineExceeded(f"the deadline passed while the request was {where}")
-        if self.first_scheduled is None:
+        if self.progress.first_scheduled is None:
             for use in self.uses:
                 if use.handle.error is not None:
                     return use.handle.error
@@ -97,19 +98,12 @@ class Group:
         return Usage(
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=sum(seq.num_output for seq in self.sequences),
-            cached_prompt_tokens=self.cached_tokens,
+            cached_prompt_tokens=self.progress.cached_tokens,
         )
 
-    def timings(self) -> Timings:
-        """Where the time went so far."""
-        started = self.first_scheduled if self.first_scheduled is not None else self.last_token
-        first = self.first_token if self.first_token is not None else started
-        return Timings(
-            queue=max(0.0, started - self.arrival - self.load_seconds),
-            adapter_load=self.load_seconds,
-            prefill=first - started,
-            decode=max(0.0, self.last_token - first),
-        )
+    def timings(self, now: float) -> Timings:
+        """Where the time went until `now`."""
+        return self.progress.timings(self.arrival, now)
 
     def _mix_error(self) -> InvalidRequest | None:
         """The door's error for adapters that were loading when the request came."""
@@ -123,9 +117,9 @@ class Group:
         if self.loading:
             if self.loading_since is None:
                 self.loading_since = min(now, self.arrival)
-            self.load_seconds = now - self.loading_since
+            self.progress.load_seconds = now - self.loading_since
         elif self.loading_since is not None:
-            self.load_seconds = now - self.loading_since
+            self.progress.load_seconds = now - self.loading_since
             self.loading_since = None
 
 

@@ -64,11 +64,49 @@ class AdapterUse:
     weight: float = 1.0
 
 
+@dataclass(slots=True)
+class Timings:
+    """Seconds; see Timings in generation.proto."""
+
+    queue: float = 0.0
+    adapter_load: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """How far a request has come: written by the engine's thread alone, read by any, whatever ends the request.
+
+    Moments are in the engine's clock (time.monotonic() seconds), None for what has not come yet.
+    """
+
+    cached_tokens: int = 0
+    load_seconds: float = 0.0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def timings(self, arrival: float, now: float) -> Timings:
+        """Where the time went from `arrival` to the last token; to `now` where the first has not come."""
+        started = now if self.first_scheduled is None else self.first_scheduled
+        first = now if self.first_token is None else self.first_token
+        last = first if self.last_token is None else self.last_token
+        # The engine's thread may note one moment while another is read here.
+        return Timings(
+            queue=max(0.0, started - arrival - self.load_seconds),
+            adapter_load=self.load_seconds,
+            prefill=max(0.0, first - started),
+            decode=max(0.0, last - first),
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One admitted request. `deadline` and `arrival` are time.monotonic() seconds.
 
     `request_id` is the server's own and unique; `caller_id` is what the caller calls it, any text, for logs.
+    `progress` is the engine's to write. A request is given to an engine once.
     """
 
     request_id: str
@@ -80,6 +118,7 @@ class Request:
     arrival: float = 0.0
     deadline: float | None = None
     caller_id: str = ""
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def shown_id(self) -> str:
@@ -111,16 +150,6 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_prompt_tokens: int = 0
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds; see Timings in generation.proto."""
-
-    queue: float = 0.0
-    adapter_load: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
 
 
 @dataclass(slots=True)

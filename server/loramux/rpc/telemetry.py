@@ -117,11 +117,13 @@ class RequestRecord:
             found["asked"] = self._asked
         if self.request is not None:
             found["prompt_tokens"] = len(self.request.prompt_ids)
-        if self._last is not None:
-            found["cached_tokens"] = self._last.usage.cached_prompt_tokens
+        progress = self.request.progress if self.request is not None and self.taken else None
+        if progress is not None:
+            found["cached_tokens"] = progress.cached_tokens
         found["output_tokens"] = self._output_tokens
-        if self._last is not None:
-            found |= {f"{name}_seconds": seconds for name, seconds in asdict(self._last.timings).items()}
+        if progress is not None:
+            timings = progress.timings(self.arrival, now)
+            found |= {f"{name}_seconds": seconds for name, seconds in asdict(timings).items()}
         if self._first is not None:
             found["first_token_seconds"] = self._first - self.arrival
         return found | {"total_seconds": now - self.arrival}
