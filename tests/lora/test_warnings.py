@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from loramux.errors import InvalidAdapter
 from loramux.lora.base import NOTHING_KNOWN, Base
-from loramux.lora.chat_template import own_chat_template
+from loramux.lora.chat_template import own_chat_template, template_digest
 from loramux.lora.peft_files import read_adapter
 from loramux.lora.snapshot import measure
 from torch import Tensor
@@ -245,6 +247,9 @@ def test_a_chat_template_that_is_used_is_checked_at_load_and_no_warning(tmp_path
         ({"chat_template": None}, None),
         ({"chat_template": 5}, None),
         ({"chat_template": [5]}, None),
+        ({"processor": {"chat_template": "a part's"}, "chat_template": TEMPLATE}, TEMPLATE),
+        ({"chat_template": TEMPLATE, "processor": [{"chat_template": "a part's"}]}, TEMPLATE),
+        ({"a": 'chat_template": "[{\\', "b": ["]}"], "processor": {"chat_template": "a part's"}}, None),
         ({}, None),
     ],
 )
@@ -254,8 +259,55 @@ def test_a_chat_template_in_a_config(tmp_path: Path, file: str, config: object, 
     assert own_chat_template(tmp_path) == template
 
 
-def test_files_beside_an_adapter_that_cannot_be_read_do_no_harm(tmp_path: Path) -> None:
+def test_the_last_of_two_templates_counts_as_for_json(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one", "chat_template": "two"}')
+    assert own_chat_template(tmp_path) == "two"
+
+
+def test_a_broken_config_beside_an_adapter_does_no_harm(tmp_path: Path) -> None:
     write(tmp_path, factors(*ALL_Q))
-    (tmp_path / "chat_template.jinja").mkdir()
     (tmp_path / "tokenizer_config.json").write_bytes(b'{"chat_template": "\xff')
     assert told(tmp_path) == ()
+
+
+def link_in_a_circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+LONG = "x" * ((1 << 20) + 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "put", "why"),
+    [
+        ("chat_template.jinja", lambda path: path.write_text(LONG), "has 1048577 bytes; the limit is 1048576"),
+        ("chat_template.jinja", os.mkdir, "is a folder"),
+        ("chat_template.jinja", os.mkfifo, "is not a regular file"),
+        ("chat_template.jinja", link_in_a_circle, "leads in a circle"),
+        ("tokenizer_config.json", lambda path: path.write_text(LONG * 8), "bytes; the limit is 8388608"),
+        (
+            "tokenizer_config.json",
+            lambda path: path.write_text(json.dumps({"chat_template": LONG})),
+            "has a chat template of 1048579 characters; the limit is 1048576",
+        ),
+        (
+            "chat_template.json",
+            lambda path: path.write_text(json.dumps({"chat_template": [{"name": "default", "template": LONG}]})),
+            "has chat templates that do not end within 1048576 characters",
+        ),
+    ],
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_chat_template_that_cannot_be_used_is_told(
+    tmp_path: Path, file: str, put: Callable[[Path], object], why: str, used: bool
+) -> None:
+    """It was ignored in silence, and messages rendered with the base's."""
+    write(tmp_path, factors(*ALL_Q))
+    empty = template_digest(tmp_path)
+    put(tmp_path / file)
+    base = Base(check_template=lambda template: pytest.fail("it is not used")) if used else NOTHING_KNOWN
+    (warning,) = told(tmp_path, base)
+    assert warning.startswith("messages are rendered with the base's chat template, whatever its folder has: ")
+    assert f"{file}: " in warning
+    assert why in warning
+    assert template_digest(tmp_path) != empty  # so that a folder that is mended is taken over

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loramux.errors import InvalidAdapter
+from loramux.errors import InvalidAdapter, LoramuxError
 from loramux.lora.base import NOTHING_KNOWN, Base
 from loramux.lora.chat_template import own_chat_template, same_template
 from loramux.lora.folder import AdapterFolder
@@ -26,7 +26,7 @@ from loramux.lora.roots import WEIGHTS_FILE
 from loramux.lora.saved import check_saved
 from loramux.lora.selection import Selection
 from loramux.lora.snapshot import FolderSnapshot, take_snapshot
-from loramux.lora.warnings import OTHER_TEMPLATE, warnings_of
+from loramux.lora.warnings import OTHER_TEMPLATE, unusable_template, warnings_of
 from loramux.ops.site import Site
 
 _DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -126,10 +126,14 @@ def read_adapter(
     for module, site in by_module.items():
         _check_selected(paths[module], parts[module], selected, config, trained)
         factors.append(_site_factors(site, paths[module], parts[module], snapshot, config, limits))
-    template = own_chat_template(folder)
+    told = warnings_of(config, selected, paths, factors, sites, base)
+    try:
+        template = own_chat_template(folder)
+    except LoramuxError as error:
+        template = None
+        told.append(unusable_template(error))
     if template is not None and (same_template(template, base.chat_template) or not template.strip()):
         template = None
-    told = warnings_of(config, selected, paths, factors, sites, base)
     if template is not None and base.check_template is None:
         told.append(OTHER_TEMPLATE)
         template = None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from loramux.errors import InvalidAdapter, LoramuxError
+from loramux.errors import InvalidAdapter
 from loramux.lora.folder import AdapterFolder, OpenedFolder, as_folder
 from loramux.lora.header import LENGTH_BYTES, START_BYTES, TensorEntry, header_length, parse_header
 from loramux.lora.host_memory import allocate
@@ -75,12 +75,23 @@ def folder_digest(folder: AdapterFolder | Path, limits: ReadLimits) -> str:
 
 
 def read_beside(folder: AdapterFolder | Path, name: str, limit: int) -> bytes | None:
-    """Another file of the folder; None if there is none, or none of at most `limit` bytes that may be read."""
+    """Another file of the folder; None if there is none.
+
+    Raises InvalidAdapter for one that cannot be read or has more than `limit` bytes, PathNotAllowed for a link that
+    leads out of the roots.
+    """
     try:
         with as_folder(folder).opened() as opened, _open(opened, name, limit) as file:
             return file.read(limit)
-    except (OSError, LoramuxError):
+    except FileNotFoundError:  # the folder is gone
         return None
+    except InvalidAdapter as error:
+        if error.reason == "ADAPTER_FILES_MISSING":
+            return None
+        raise
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise InvalidAdapter(name, f"cannot be read: {why}", reason="ADAPTER_FILES_UNREADABLE") from None
 
 
 def measure(folder: AdapterFolder | Path, item_bytes: int, limits: ReadLimits) -> int:

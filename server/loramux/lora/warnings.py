@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from loramux.errors import LoramuxError
 from loramux.lora.base import Base
 from loramux.lora.matching import HEADS_AND_EMBEDDINGS
 from loramux.lora.peft_config import PeftConfig, shown
@@ -28,6 +29,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAME_MODEL = re.compile(
     r"^meta-|[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp8|fp16|bf16|gptq|awq|gguf|hf|q\d\w*)(?=$|[-_.])", re.IGNORECASE
 )
+
+
+def unusable_template(error: LoramuxError) -> str:
+    """Said where the folder's own chat template cannot be looked at."""
+    return f"messages are rendered with the base's chat template, whatever its folder has: {error.message}"
 
 
 def warnings_of(
