@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from loramux.errors import InvalidAdapter
 from loramux.lora.patterns import PatternTable
 from loramux.lora.peft_config import PeftConfig, parse_config
+from loramux.lora.roots import CONFIG_FILE
 from peft import LoraConfig
 
 from tests.lora.folders import config
@@ -61,6 +63,44 @@ def test_refused_by_name(field: str, value: object) -> None:
         parse(**{field: value})
     assert field in caught.value.message
     assert caught.value.reason in ("UNSUPPORTED_ADAPTER", "INVALID_CONFIG")
+
+
+TYPES: dict[str, tuple[object, str]] = {
+    "r": ("8", "r: is a whole number from 1 to 16777216, not '8'"),
+    "lora_alpha": (1e308, "lora_alpha: is a number that fits into float32, at most 2**127, not 1e+308"),
+    "use_dora": ("yes", "use_dora: is true or false, not 'yes'"),
+    "init_lora_weights": (5, "init_lora_weights: is true, false or the name of an initialization, not 5"),
+    "target_modules": (["q_proj", 5], "target_modules: is a list of names, or one text, not a list with 5"),
+    "exclude_modules": ({"a": 1}, "exclude_modules: is a list of names, or one text, not {'a': 1}"),
+    "layers_to_transform": ([1, 2.5], "layers_to_transform: is a whole number, or a list of them, not a list with 2.5"),
+    "bias": ("some", "bias: is 'none', 'all' or 'lora_only', not 'some'"),
+    "modules_to_save": ("lm_head", "modules_to_save: is a list of names, not 'lm_head'"),
+    "peft_type": (["LORA"], "peft_type: is text, not ['LORA']"),
+}
+
+
+@pytest.mark.parametrize("field", TYPES)
+def test_a_value_of_another_type_is_told_in_one_sentence(field: str) -> None:
+    """In pydantic's words it was several, about types of Python."""
+    value, sentence = TYPES[field]
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(**{field: value})
+    assert caught.value.message == f"{CONFIG_FILE}: {sentence}"
+
+
+def test_several_values_of_other_types_are_told_at_once() -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parse(**{field: value for field, (value, _) in TYPES.items()})
+    assert sorted(caught.value.message.removeprefix(f"{CONFIG_FILE}: ").split("; ")) == sorted(
+        sentence for _, sentence in TYPES.values()
+    )
+
+
+def test_every_field_that_has_a_type_says_what_it_is() -> None:
+    parsed_first = {"rank_pattern", "alpha_pattern"}
+    typed = {name for name, field in PeftConfig.model_fields.items() if field.annotation is not Any} - parsed_first
+    assert {name for name in typed if not PeftConfig.model_fields[name].description} == set()
+    assert typed >= TYPES.keys()
 
 
 WAYS_OUT: dict[str, tuple[dict[str, object], str]] = {

@@ -159,6 +159,7 @@ async def test_a_file_that_is_broken_changes_nothing(
         ("- a\n", r"must be a mapping; the file has one key, adapters"),
         ("adapters: [a]\n", r"adapters\.0: must be a mapping; an adapter has name, source, digest and pin"),
         ("adapters:\n- name: [a]\n", r"adapters\.0\.name: must be text"),
+        (f"adapters:\n- name: a\n  source: {'x' * 4097}\n", r"adapters\.0\.source: must be shorter"),
         ("!!python/object/apply:os.system ['true']\n", r"is not YAML"),
         ("adapters:\n- name: 2020-99-99\n", r"adapters\.0\.name: '2020-99-99' is a date in YAML; write it in quotes"),
         ("adapters:\n- name: on\n", r"'on' is true or false in YAML"),

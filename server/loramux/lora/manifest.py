@@ -32,6 +32,7 @@ _SAID = {
     "missing": "is missing",
     "list_type": "must be a list of adapters",
     "string_type": "must be text",
+    "too_long": "must be shorter: no path has more than 4096 characters",
     "bool_type": "must be true or false, without quotes",
     "string_pattern_mismatch": "must be sha256: and 64 digits of 0-9a-f",
 }

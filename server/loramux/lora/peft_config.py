@@ -24,9 +24,26 @@ _MAX_WHOLE = 1 << 24  # of a rank or a group size: far above what a layer can ha
 _MAX_NUMBER = 2.0**127  # of an alpha: what is above does not fit into float32, or overflows in the next operation
 _MAX_PATTERNS = 4096
 _MAX_NAMED = 32  # unknown fields in one message
-Rank = Annotated[int, Field(ge=1, le=_MAX_WHOLE)]
-Alpha = Annotated[float, Field(allow_inf_nan=False, ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
+# Each with what it is, for messages.
+Rank = Annotated[int, Field(ge=1, le=_MAX_WHOLE, description=f"a whole number from 1 to {_MAX_WHOLE}")]
+Alpha = Annotated[
+    float,
+    Field(
+        allow_inf_nan=False,
+        ge=-_MAX_NUMBER,
+        le=_MAX_NUMBER,
+        description="a number that fits into float32, at most 2**127",
+    ),
+]
+Switch = Annotated[bool | None, Field(description="true or false")]
+Text = Annotated[str | None, Field(description="text")]
 Names = Annotated[list[str], Field(fail_fast=True)]  # an error for each of 200,000 entries would take seconds to write
+Numbers = Annotated[list[int], Field(fail_fast=True)]
+Modules = Annotated[Names | str | None, Field(description="a list of names, or one text")]
+ListedModules = Annotated[Names | None, Field(description="a list of names")]
+Layers = Annotated[Numbers | int | None, Field(description="a whole number, or a list of them")]
+Init = Annotated[bool | str | None, Field(description="true, false or the name of an initialization")]
+Biases = Annotated[Literal["none", "all", "lora_only"], Field(description="'none', 'all' or 'lora_only'")]
 
 # How an adapter that moved part of the base into its factors becomes a plain one. PEFT's own name for the way.
 _SAVE_PLAIN = (
@@ -85,23 +102,23 @@ class PeftConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", arbitrary_types_allowed=True)
 
     # Honoured: these decide the scale and the shapes.
-    peft_type: str | None = None
+    peft_type: Text = None
     r: Rank = 8
     lora_alpha: Alpha = 8.0
-    use_rslora: bool | None = False
+    use_rslora: Switch = False
     rank_pattern: PatternTable[int] = PatternTable()
     alpha_pattern: PatternTable[float] = PatternTable()
-    lora_bias: bool | None = False
-    use_dora: bool | None = None
-    use_qalora: bool | None = None
+    lora_bias: Switch = False
+    use_dora: Switch = None
+    use_qalora: Switch = None
     qalora_group_size: Any = None  # without use_qalora it has no effect
-    init_lora_weights: bool | str | None = True
+    init_lora_weights: Init = True
 
     # Honoured: what these leave out must not be in the file (lora.selection).
-    target_modules: Names | str | None = None
-    exclude_modules: Names | str | None = None
-    layers_to_transform: Annotated[list[int], Field(fail_fast=True)] | int | None = None
-    layers_pattern: Names | str | None = None
+    target_modules: Modules = None
+    exclude_modules: Modules = None
+    layers_to_transform: Layers = None
+    layers_pattern: Modules = None
 
     # No effect on what is computed: A and B have the same shapes for Conv1D, dropout ends with training, and the
     # configs of an initialization stay in the file when the adapter was converted to plain LoRA.
@@ -123,10 +140,10 @@ class PeftConfig(BaseModel):
     runtime_config: Any = None
 
     # No effect without tensors of their own, which are refused where they are.
-    bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: Names | None = None
+    bias: Biases = "none"
+    modules_to_save: ListedModules = None
     trainable_token_indices: Any = None
-    target_parameters: Names | None = None
+    target_parameters: ListedModules = None
     velora_config: Any = None
     monteclora_config: Any = None
 
@@ -186,8 +203,7 @@ def parse_config(data: bytes) -> PeftConfig:
     try:
         config = PeftConfig.model_validate(fields)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:8]]
-        raise InvalidAdapter(CONFIG_FILE, "; ".join(problems), reason="INVALID_CONFIG") from None
+        raise InvalidAdapter(CONFIG_FILE, "; ".join(_problems(error)), reason="INVALID_CONFIG") from None
     refusals: list[InvalidAdapter] = []
     checks: tuple[Callable[[PeftConfig], None], ...] = (_check_peft_type, *_FIELD_CHECKS, *_OTHER_CHECKS)
     for check in checks:
@@ -200,6 +216,18 @@ def parse_config(data: bytes) -> PeftConfig:
     if refusals:  # at once: nobody mends a file one error a try
         raise InvalidAdapter(CONFIG_FILE, "; ".join(r.message for r in refusals), reason="UNSUPPORTED_ADAPTER")
     return config
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """For each field that pydantic found wrong, in our words: what it is, and what stands there."""
+    found: dict[str, str] = {}
+    for wrong in error.errors(include_url=False, include_context=False):
+        field, *within = wrong["loc"]
+        in_list = any(isinstance(part, int) for part in within)
+        if field not in found or in_list:  # of several types that may stand there, the one that is meant
+            what = f"a list with {shown(wrong['input'])}" if in_list else shown(wrong["input"])
+            found[str(field)] = f"{field}: is {PeftConfig.model_fields[str(field)].description}, not {what}"
+    return list(found.values())
 
 
 def _load_json(data: bytes) -> dict[str, Any]:
