@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loramux.errors import FolderExists, InvalidRequest, Overloaded
+from loramux.lora.roots import NAME_RULE, is_name
 
 _MARK = ".loramux-partial-"
 
@@ -25,8 +26,9 @@ _MARK = ".loramux-partial-"
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields the hidden folder to write into; leaving without an error turns it into `target`, fsynced.
 
-    Leaving with an error removes it. Raises FolderExists if `target` is there, before or after; InvalidRequest if the
-    folder that is to hold it is not, or may not be written to; Overloaded (DISK_FULL) if the disk is full.
+    Leaving with an error removes it. Raises FolderExists if `target` is there, before or after; InvalidRequest for a
+    name that no adapter could have, or if the folder that is to hold it is not there or may not be written to;
+    Overloaded (DISK_FULL) if the disk is full.
     """
     check_new(target)
     try:
@@ -80,6 +82,8 @@ def check_new(target: Path) -> None:
         pass
     except OSError as error:  # a name that is too long, say
         raise InvalidRequest("output", f"{target} cannot be made: {error.strerror}") from error
+    if not is_name(target.name):  # it is shown and logged from now on, and may become an adapter's or a model's
+        raise InvalidRequest("output", f"{target.name!r} cannot be a new folder's name; {NAME_RULE}")
     if not target.parent.is_dir():
         raise InvalidRequest("output", f"{target.parent} is no folder to write into; make it first")
 

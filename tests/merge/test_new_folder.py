@@ -6,11 +6,15 @@ import errno
 from pathlib import Path
 from typing import Never
 
+import loramux.merge
+import loramux.quantize
 import pytest
+from loramux.cli import app
 from loramux.errors import InvalidRequest, Overloaded
 from loramux.merge import Ingredient, merge
 from loramux.model.tensor_file import TensorFile
 from loramux.new_folder import new_folder
+from typer.testing import CliRunner
 
 from tests.server.stack import save_adapter, save_model
 
@@ -43,6 +47,28 @@ def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> N
     with pytest.raises(InvalidRequest, match="File name too long"), new_folder(tmp_path / ("n" * 300)):
         pytest.fail("nothing may be written for it")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\n", "\x1b[2Jmodel", "a\u202eb", ".hidden", "-rf", "two words", "n" * 129])
+def test_a_name_that_an_adapter_could_not_have_is_refused(tmp_path: Path, name: str) -> None:
+    """It reached logs and terminals, and whoever lists the folder."""
+    with pytest.raises(InvalidRequest, match="cannot be a new folder's name") as caught, new_folder(tmp_path / name):
+        pytest.fail("nothing may be written for it")
+    assert caught.value.message.isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["merge", "a", "--out"], ["quantize", "smollm2"]], ids=["merge", "quantize"])
+def test_commands_refuse_such_a_name_before_the_work(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (loramux.merge, loramux.quantize):
+        monkeypatch.setattr(module, "open_source", lambda source: pytest.fail("nothing is read for it"))
+    save_adapter(tmp_path / "adapters" / "a")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "new\nmodel")])
+    assert isinstance(result.exception, InvalidRequest)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ async def test_refusals(rig: Rig, tmp_path: Path) -> None:
     for output in (str(tmp_path / "x"), "../x", "link/x", str(rig.out), "/etc"):
         await refused(rig, PathNotAllowed, "outside --merge-dir", output=output)
     (rig.out / "link").unlink()
-    for output in ("", "/", ".hidden", "a/..", "no/parent", "nul\0"):
+    for output in ("", "/", ".hidden", "a/..", "no/parent", "nul\0", "new\nline", "\x1b[2J", "new\n"):
         error = await refused(rig, InvalidRequest, "output", output=output)
         assert error.metadata["field"] == "output"
     assert not os.listdir(tmp_path)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from loramux.errors import InvalidRequest, PathNotAllowed
-from loramux.lora.roots import check_path
+from loramux.lora.roots import NAME_RULE, check_path, is_name
 
 
 class MergeRoot:
@@ -31,8 +31,8 @@ class MergeRoot:
                 reason="MERGE_DIR_NOT_SET",
             )
         path = self._root / output
-        if path.name.startswith(".") or path.name == "":
-            raise InvalidRequest("output", f"{output!r} must end in a new folder's name, without a dot in front")
+        if not is_name(path.name):
+            raise InvalidRequest("output", f"{output!r} must end in a new folder's name; {NAME_RULE}")
         parent = Path(os.path.realpath(path.parent))
         if not parent.is_relative_to(self._root) or path == self._root:
             raise PathNotAllowed(

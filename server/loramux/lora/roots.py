@@ -6,7 +6,6 @@ Knows names and paths, not what the files say. It touches the file system, so it
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,19 @@ from pathlib import Path
 from loramux.errors import InvalidAdapter, InvalidRequest, PathNotAllowed, StartupError
 from loramux.lora.folder import AdapterFolder, not_allowed, real_path, root_of
 from loramux.lora.hub import PREFIX, Hub
+from loramux.values import ADAPTER_NAME
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_SOURCE = 4096  # PATH_MAX
-
 
 NAME_RULE = "names have 1 to 128 characters of [A-Za-z0-9._-] and start with a letter or digit"
 
 
 def is_name(text: str) -> bool:
     """Whether clients may use it for an adapter."""
-    return _NAME.fullmatch(text) is not None
+    return ADAPTER_NAME.fullmatch(text) is not None
 
 
 def check_name(name: str, *, field: str = "name") -> str:
