@@ -138,6 +138,10 @@ def test_certificates(tmp_path: Path) -> None:
     refused("is not the key of the certificate", tls_cert=cert, tls_key=other)
     refused("--tls-key: cannot read", tls_cert=cert, tls_key=tmp_path / "none")
     refused("--tls-cert: cannot read", tls_cert=tmp_path, tls_key=key)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refused(f"--tls-cert: cannot read {pipe}: it is not a regular file", tls_cert=pipe, tls_key=key)
+    refused(f"--tls-key: cannot read {pipe}: it is not a regular file", tls_cert=cert, tls_key=pipe)
     refused("holds no private key in PEM form", tls_cert=cert, tls_key=cert)
     refused("holds no certificate in PEM form", tls_cert=key, tls_key=key)
     refused("is encrypted; give a key without a password", tls_cert=cert, tls_key=secret)

@@ -23,6 +23,7 @@ EVERYONE = {
     "children",
     "errors",
     "escaping",
+    "files",
     "logs",
     "config",
     "values",

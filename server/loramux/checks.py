@@ -17,6 +17,7 @@ from pathlib import Path
 from loramux.cache import cache_root
 from loramux.config import Settings
 from loramux.errors import LoramuxError, StartupError
+from loramux.files import read_file
 from loramux.lora.hub import PREFIX as HUB
 from loramux.lora.hub import Hub
 from loramux.lora.limits import ReadLimits
@@ -96,9 +97,9 @@ def _check_certificate(certificate: Path, key: Path) -> None:
         (key, "--tls-key", b"PRIVATE KEY-----"),
     ):
         try:
-            content = file.read_bytes()
-        except (OSError, ValueError) as error:
-            raise StartupError(f"{flag}: cannot read {file}: {error}") from None
+            content = read_file(file)
+        except OSError as error:
+            raise StartupError(f"{flag}: cannot read {file}: {error.strerror}") from None
         if holds not in content:
             what = "certificate" if flag == "--tls-cert" else "private key"
             raise StartupError(f"{flag}: {file} holds no {what} in PEM form (-----BEGIN …)")

@@ -21,6 +21,7 @@ from typing import Any
 
 from loramux import values
 from loramux.errors import StartupError
+from loramux.files import read_file
 from loramux.values import Memory, StartAdapter, choice, integer, many, seconds, text
 
 ENV_PREFIX = "LORAMUX_"
@@ -358,7 +359,7 @@ def _overlay(settings: dict[str, Any], source: Mapping[str, object], where: Call
 
 def _read_secret(file: Path, where: str) -> str:
     try:
-        secret: str = values.SECRET.parse(file.read_text(encoding="ascii", errors="replace"))
+        secret: str = values.SECRET.parse(read_file(file).decode("ascii", "replace"))
     except OSError as error:
         raise StartupError(f"{where}: cannot read {file}: {error.strerror}") from None
     except ValueError as allowed:
@@ -391,7 +392,7 @@ def _from_kubernetes(variable: str, given: str) -> bool:
 
 def _from_file(file: Path) -> dict[str, object]:
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_file(file).decode("utf-8"))
     except OSError as error:
         raise StartupError(f"--config: cannot read {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -235,7 +235,7 @@ def test_a_file_that_is_too_large_is_not_parsed(file: Path, monkeypatch: pytest.
     file.touch()
     os.truncate(file, (16 << 20) + 1)
     monkeypatch.setattr(yaml, "parse", None)
-    with pytest.raises(InvalidRequest, match="larger than 16 MiB"):
+    with pytest.raises(InvalidRequest, match="cannot be read: it has more than 16777216 bytes"):
         read_manifest(file)
 
 

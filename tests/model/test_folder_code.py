@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +47,13 @@ def with_code(folder: Path) -> Path:
         "class Own(PretrainedConfig):\n    model_type = 'own'\n"
     )
     return marker
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    os.mkfifo(tmp_path / "model" / "a.safetensors")
+    with pytest.raises(StartupError, match=r"a\.safetensors is not a regular file"):
+        open_source(str(tmp_path / "model"))
 
 
 def test_an_architecture_of_the_folders_own_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,44 @@ def test_keys_come_from_files_and_never_show(tmp_path: Path) -> None:
     key.write_text("")
     with pytest.raises(StartupError, match="the content of"):
         load({"api_key_file": str(key)}, environ={})
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    """A pipe in the place of a file held the start up for ever."""
+    pipe, large = tmp_path / "pipe", tmp_path / "large"
+    os.mkfifo(pipe)
+    large.touch()
+    os.truncate(large, (1 << 20) + 1)
+    read, write = os.pipe()  # as of `--api-key-file <(…)`: its writer lives
+    try:
+        for path, why in (
+            (pipe, "it is not a regular file; pipes and devices are not read"),
+            (Path(f"/dev/fd/{read}"), "it is not a regular file"),
+            (Path("/dev/zero"), "it is not a regular file"),
+            (large, "it has more than 1048576 bytes"),
+            (tmp_path, "Is a directory"),
+            (Path("nul\0"), "embedded null"),
+        ):
+            for flag in ("api_key_file", "admin_key_file"):
+                with pytest.raises(StartupError) as caught:
+                    load({flag: str(path)}, environ={})
+                assert caught.value.message.startswith(f"--{flag.replace('_', '-')}: cannot read {path}: {why}")
+            with pytest.raises(StartupError) as caught:
+                load(environ={}, file=path)
+            assert caught.value.message.startswith(f"--config: cannot read {path}: {why}")
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_a_file_behind_a_link_or_a_descriptor_is_one(tmp_path: Path) -> None:
+    """So Kubernetes mounts secrets, and so a shell redirects standard input."""
+    key, link = tmp_path / "key", tmp_path / "link"
+    key.write_text("from-the-file\n")
+    link.symlink_to(key)
+    with key.open() as opened:
+        for path in (link, Path(f"/dev/fd/{opened.fileno()}")):
+            assert load({"api_key_file": str(path)}, environ={}).api_key == "from-the-file"
 
 
 @pytest.mark.parametrize("service", ["LORAMUX", "LORAMUX_ADMIN", "LORAMUX_METRICS", "LORAMUX_BLUE_2"])

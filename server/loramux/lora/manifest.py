@@ -13,8 +13,6 @@ it names them. A name that YAML takes for a date, a number or a truth (2020-01-0
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from loramux.errors import InvalidRequest, LoramuxError
 from loramux.escaping import escape
+from loramux.files import read_file
 from loramux.lora.roots import check_name
 from loramux.lora.yaml_text import Plain, read_yaml, told
 
@@ -77,7 +76,7 @@ def read_manifest(path: Path) -> Mapping[str, Declared]:
     Raises InvalidRequest that names the place and what is wrong with it.
     """
     try:
-        content = read_yaml(_content(path))
+        content = read_yaml(read_file(path, _MOST_BYTES))
     except OSError as error:
         raise _wrong(path, f"cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -99,17 +98,6 @@ def read_manifest(path: Path) -> Mapping[str, Declared]:
             raise _wrong(path, f"adapters.{i}.name: {adapter.name!r} is there twice")
         declared[adapter.name] = adapter
     return declared
-
-
-def _content(path: Path) -> bytes:
-    # Nonblocking, so that a pipe in the file's place cannot hold the worker.
-    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise _wrong(path, "is not a regular file")
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise _wrong(path, f"is larger than {_MOST_BYTES >> 20} MiB")
-    return content
 
 
 def _said(kind: str, text: str, location: tuple[int | str, ...]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loramux.errors import InvalidRequest
+from loramux.files import at_once
 from loramux.lora.chat_template import TEMPLATE_FILES
 from loramux.lora.folder import root_of
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, check_name
@@ -183,18 +184,13 @@ def _snapshot(cached: str) -> str | None:
     except OSError:
         return None
     try:
-        with open(f"{cached}/refs/main", encoding="ascii", opener=_at_once) as file:
+        with open(f"{cached}/refs/main", encoding="ascii", opener=at_once) as file:
             main = file.read(64).strip()
     except (OSError, ValueError):
         main = ""
     if main in names:
         return f"{cached}/snapshots/{main}"
     return f"{cached}/snapshots/{names[0]}" if len(names) == 1 else None
-
-
-def _at_once(path: str, flags: int) -> int:
-    """A descriptor; opening a pipe without a writer would hold the watch for ever."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _has_adapters(cached: str) -> bool:

@@ -95,6 +95,8 @@ class FolderSource(TensorSource):
         for path in sorted(folder.glob("*.safetensors")):
             if path.name.startswith("adapter_"):
                 continue
+            if not path.is_file():  # a pipe would be waited for
+                raise StartupError(f"{self.name}: {path.name} is not a regular file, nor a link to one")
             try:
                 with safe_open(path, framework="pt") as opened:
                     files.update(dict.fromkeys(opened.keys(), path))

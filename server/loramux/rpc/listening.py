@@ -10,6 +10,7 @@ import grpc.aio
 
 from loramux.config import Settings
 from loramux.errors import StartupError
+from loramux.files import read_file
 from loramux.rpc.auth import BearerAuth
 from loramux.rpc.boundary import Boundary, OnError, OnRefusal, hard_cap
 from loramux.rpc.wire import Bounds
@@ -68,6 +69,6 @@ def bind(server: grpc.aio.Server, host: str, port: int, settings: Settings, *, f
 
 def _read(file: Path, flag: str) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file)
     except OSError as error:
         raise StartupError(f"{flag}: cannot read {file}: {error.strerror}") from None
