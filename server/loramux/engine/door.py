@@ -39,7 +39,7 @@ class Limits:
 
     @property
     def max_chat_turns(self) -> int:
-        """Each turn takes a token at least."""
+        """Of one conversation; each takes a token at least."""
         return min(self.settings.max_chat_turns, self.max_context)
 
 

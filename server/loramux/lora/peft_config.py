@@ -24,7 +24,9 @@ _MAX_WHOLE = 1 << 24  # of a rank or a group size: far above what a layer can ha
 _MAX_NUMBER = 2.0**127  # of an alpha: what is above does not fit into float32, or overflows in the next operation
 _MAX_PATTERNS = 4096
 _MAX_NAMED = 32  # unknown fields in one message
-# Each with what it is, for messages.
+Names = Annotated[list[str], Field(fail_fast=True)]  # an error for each of 200,000 entries would take seconds to write
+Numbers = Annotated[list[int], Field(fail_fast=True)]
+# The types of fields, each with what it is in the words of messages.
 Rank = Annotated[int, Field(ge=1, le=_MAX_WHOLE, description=f"a whole number from 1 to {_MAX_WHOLE}")]
 Alpha = Annotated[
     float,
@@ -37,9 +39,7 @@ Alpha = Annotated[
 ]
 Switch = Annotated[bool | None, Field(description="true or false")]
 Text = Annotated[str | None, Field(description="text")]
-Names = Annotated[list[str], Field(fail_fast=True)]  # an error for each of 200,000 entries would take seconds to write
-Numbers = Annotated[list[int], Field(fail_fast=True)]
-Modules = Annotated[Names | str | None, Field(description="a list of names, or one text")]
+Modules = Annotated[Names | str | None, Field(description="a list of names, or one pattern")]
 ListedModules = Annotated[Names | None, Field(description="a list of names")]
 Layers = Annotated[Numbers | int | None, Field(description="a whole number, or a list of them")]
 Init = Annotated[bool | str | None, Field(description="true, false or the name of an initialization")]
