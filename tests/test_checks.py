@@ -193,6 +193,8 @@ def test_a_port_on_which_old_connections_time_out_is_free() -> None:
 
 
 def test_hosts_and_sockets(tmp_path: Path) -> None:
+    with listening() as port:  # free from here on, whatever else runs on the machine
+        pass
     for settings, sentence in (
         ({"host": "no-such-host.invalid"}, "--host: no-such-host.invalid is no address"),
         ({"host": "192.0.2.1"}, "--host: 192.0.2.1 is not an address of this machine"),
@@ -201,7 +203,7 @@ def test_hosts_and_sockets(tmp_path: Path) -> None:
         ({"host": f"unix:{tmp_path}/{'x' * 200}"}, "is longer than a socket's may be"),
         ({"host": f"unix:{tmp_path}"}, "is no socket"),
         ({"host": f"unix:{tmp_path}/x", "admin_host": f"unix:{tmp_path}/x"}, "--admin-port: --port is at"),
-        ({"port": 50051, "metrics_port": 50051}, "--metrics-port: --port is at 50051, too"),
+        ({"port": port, "metrics_port": port}, f"--metrics-port: --port is at {port}, too"),
     ):
         with pytest.raises(StartupError) as caught, reserved_ports(free(**settings)):
             pass
