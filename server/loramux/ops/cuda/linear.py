@@ -29,10 +29,10 @@ _FEWEST_OUTPUTS = 64  # of all tiles below
 # From so many rows on (long prefill chunks) a weight is dequantized once, for a dense product of the library's: each of
 # the kernel's tiles of 128 rows would expand it again. An estimate; nothing was measured.
 DENSE_ROWS = 512
-# Shares of K in lora_down, of at least so many inputs: many where there are few segments to fill the device with.
+# Inputs of a share of K in lora_down: few where there are few segments to fill the device with.
 _DOWN_INPUTS = 512
-_DOWN_SPLITS = 8
-_DOWN_SPLITS_OF_MANY = 4
+_DOWN_INPUTS_OF_MANY = 1024
+_MAX_DOWN_SPLITS = 32
 MANY_SEGMENTS = 16
 _interpreted = not isinstance(nf4_linear, triton.JITFunction)
 
@@ -296,8 +296,8 @@ class TritonLinear(FusedLinear):
 
     def _down_splits(self, segments: int) -> int:
         """Shares of K in lora_down; always the same if a row's bits must be."""
-        most = _DOWN_SPLITS if segments < MANY_SEGMENTS or self._invariant else _DOWN_SPLITS_OF_MANY
-        return min(-(-self._tiled.k // _DOWN_INPUTS), most)
+        few = segments < MANY_SEGMENTS or self._invariant
+        return min(-(-self._tiled.k // (_DOWN_INPUTS if few else _DOWN_INPUTS_OF_MANY)), _MAX_DOWN_SPLITS)
 
     def _places(self, outputs: int) -> int:
         """Tiles of outputs."""
