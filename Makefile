@@ -82,7 +82,7 @@ gpu-compile: $(VENV)/.test ## Compile every GPU kernel for large models and seve
 	LORAMUX_COMPILE_ALL=1 $(BIN)/python -m pytest -q -rA tests/ops/test_precompile.py -k every_model
 
 gpu-wheels: $(VENV)/.test ## Fill .wheels with what a GPU machine without a network may lack, for Python 3.12 (docs/gpu.md)
-	$(BIN)/python -m loadtest.gpu.wheels
+	$(BIN)/python .ci/gpu-wheels
 
 stubs: $(VENV)/.test ## Regenerate server/loramux/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=server --grpc_python_out=server --pyi_out=server proto/loramux/v1/*.proto

@@ -9,123 +9,82 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
+from loramux.ops.device import is_lost
 
 from loadtest.gpu.parts import ROOT
 from loadtest.gpu.report import Job
 
 SKIP = "GPU_CHECK_SKIP"  # tests of the file that were run before the device broke
 # Warnings of a library in another version are no failures here, nor is anything compiled for cards that are not here.
-PYTEST = (sys.executable, "-m", "pytest")
-OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=", f"--rootdir={ROOT}", "-k", "not compile"]
+OPTIONS = ["-v", "-p", "no:cacheprovider", "-o", "filterwarnings=", f"--rootdir={ROOT}", "-k", "not compile"]
 
 
 def run_file(job: Job, file: str) -> None:
-    """A row of the file's outcomes, and a problem for each failure. Tests that time does not allow are counted, too."""
+    """A row of the file's outcomes, and a problem for each failure. After one that broke the device the rest is run in
+    a new process, with a row of its own; tests that time does not allow are a problem, too."""
     if job.scale.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    watch = Watch(job)
-    status = pytest.main([*OPTIONS, str(ROOT / file)], plugins=[watch])
-    outcomes = ("passed", "failed", "skipped", "not run")
-    job.report.row({"tests": file, **{outcome: watch.count[outcome] for outcome in outcomes}})
-    if watch.broken and watch.count["not run"]:
-        # The rest in a process whose device is whole.
-        done = watch.count.total() - watch.count["not run"]
-        os.environ[SKIP] = str(int(os.environ.get(SKIP, 0)) + done)
+    watch = Watch(job, skip=int(os.environ.get(SKIP, 0)))
+    status = pytest.main([*OPTIONS, f"--session-timeout={job.seconds}", str(ROOT / file)], plugins=[watch])
+    job.tell(row={"tests": file, **watch.count})
+    left = watch.count["not run"]
+    if watch.lost and left:
+        os.environ[SKIP] = str(watch.found - left)
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606
-    if watch.count["not run"]:
-        job.report.problem(f"{file}: {watch.count['not run']} tests were not run{watch.reason}")
-    if not watch.count.total():
-        job.report.problem(f"{file}: pytest ended with {pytest.ExitCode(status).name}, no test was found")
+    if left or not watch.found:
+        job.tell(problem=f"{file}: pytest ended with {pytest.ExitCode(status).name}, {left} tests were not run")
 
 
 class Watch:
-    """A pytest plugin: counts outcomes, and ends the run when time is up or the device is broken."""
+    """A pytest plugin: counts outcomes, tells failures, and ends the run when the device is lost."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._session: pytest.Session | None = None
-        self.count: Counter[str] = Counter()
-        self.reason = ""
-        self.broken = False
+    def __init__(self, job: Job, skip: int) -> None:
+        self._job, self._skip = job, skip
+        self.count = Counter(dict.fromkeys(("passed", "failed", "skipped", "not run"), 0))
+        self.found = 0
+        self.lost = False
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Not those that were run before the device broke. A dry run has time for one test of each file: in Triton's
-        interpreter they take minutes."""
-        del items[: int(os.environ.get(SKIP, 0))]
-        if self._job.scale.device == "cpu":
-            del items[:-1]
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Know what there is to run."""
-        self._session = session
-        self.count["not run"] = len(session.items)
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported is a failure, and nothing else would say so."""
-        if report.failed:
-            self._failed(report.nodeid, str(report.longrepr))
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Remember where we are."""
-        self._job.report.at(nodeid)
+        """A dry run has time for one test of each file: in Triton's interpreter they take minutes."""
+        self.found = len(items)
+        del items[: -1 if self._job.scale.device == "cpu" else self._skip]
+        self.count["not run"] = len(items)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Once for a test's call; for its setup and teardown if they decide."""
-        if report.when != "call" and report.passed:
-            return
-        self.count["not run"] -= report.when != "teardown"
-        if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            self._failed(report.nodeid, str(crash.message if crash else report.longrepr))
-        else:
+        self.count["not run"] -= report.when == "setup"
+        if report.when == "call" or not report.passed:
             self.count[report.outcome] += 1
 
-    def pytest_runtest_logfinish(self) -> None:
-        """Stop in good time, with a summary."""
-        if self._job.left <= 0:
-            self._stop("time was up")
-
-    def _failed(self, nodeid: str, message: str) -> None:
-        self.count["failed"] += 1
-        lines = [line.strip() for line in message.splitlines() if line.strip()] or ["-"]
-        self._job.report.problem(f"{nodeid}: {lines[-1 if len(lines) > 3 else 0]}"[:300])
-        if "AcceleratorError" in message:
-            self.broken = True
-            self._stop("the device is broken for this process")
-
-    def _stop(self, reason: str) -> None:
-        self.reason = self.reason or f": {reason}"
-        if self._session is not None:
-            self._session.shouldstop = reason
+    def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """Of a test, or of a file that cannot be imported."""
+        assert call.excinfo is not None
+        self._job.tell(problem=f"{node.nodeid}: {call.excinfo.exconly().splitlines()[0]}"[:300])
+        if is_lost(call.excinfo.value):
+            self.lost = True
+            node.session.shouldstop = "the device is lost for this process"
 
 
 def sanitize(job: Job) -> None:
     """The smoke at small shapes (GPU_SMOKE=small) under compute-sanitizer: a row a tool, a problem if it finds any."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        job.report.note("No compute-sanitizer is on the PATH: nothing was checked.")
+        job.tell(note="No compute-sanitizer is on the PATH: nothing was checked.")
         return
     # Each tensor gets an allocation of its own, or a read beyond it stays within memory that is allocated. No graph can
     # be recorded then.
     environment = {**os.environ, "GPU_SMOKE": "small", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     files = [str(path) for path in sorted(ROOT.glob("tests/gpu/test_smoke_*.py")) if "graphs" not in path.name]
+    pytest_command = [sys.executable, "-m", "pytest", *OPTIONS, "-x", *files]
     for check in ("memcheck", "racecheck"):
-        command = [
-            tool,
-            f"--tool={check}",
-            "--error-exitcode=9",
-            sys.executable,
-            "-m",
-            "pytest",
-            *OPTIONS,
-            "-x",
-            *files,
-        ]
-        begin = time.monotonic()
-        status = job.attempt(check, lambda: subprocess.run(command, timeout=job.left, env=environment).returncode)  # noqa: B023
-        job.report.row({"tool": check, "status": status, "seconds": round(time.monotonic() - begin, 1)})
-        if status:
-            job.report.problem(f"{check}: status {status} (9: it found errors, which are in the log)")
+        with job.row(tool=check) as row:
+            begin = time.monotonic()
+            command = [tool, f"--tool={check}", "--error-exitcode=9", *pytest_command]
+            row["status"] = subprocess.run(command, env=environment, check=False).returncode
+            row["seconds"] = round(time.monotonic() - begin, 1)
+            if row["status"]:
+                raise ValueError(f"status {row['status']} (9: it found errors, which are in the log)")

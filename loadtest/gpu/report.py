@@ -1,185 +1,111 @@
-"""What was found, a line of JSON each in rows.jsonl, written at once; and the document that is made of these lines."""
+"""What is found, a line of JSON each in rows.jsonl, written at once; and the document that is made of these lines."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from loadtest.gpu.scale import Scale
 
-T = TypeVar("T")
 Row = dict[str, Any]
-BEGIN, END = "<!-- gpu-check: begin -->", "<!-- gpu-check: end -->"
-NOTHING = "Nothing yet: **`make gpu-check` has never run on a GPU.**\n"
-
-
-class OutOfTime(Exception):
-    """The part's time is up; what it has is written down."""
-
-
-@dataclass(slots=True)
-class Report:
-    """Appends lines to a file: which run, which table of the document, what kind of finding, the finding."""
-
-    file: Path
-    run: str
-    table: str
-
-    def commit(self, commit: str) -> None:
-        """What is checked."""
-        self._append("commit", commit)
-
-    def _append(self, what: str, value: object) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps({"run": self.run, "table": self.table, what: value}) + "\n")
-
-    def row(self, row: Row) -> None:
-        """A row of the table: column → text, number, or None for what was not measured."""
-        self._append("row", row)
-
-    @contextmanager
-    def filling(self, **fields: Any) -> Iterator[Row]:
-        """A row that is filled inside, and written with what it has whatever ends it."""
-        row: Row = dict(fields)
-        try:
-            yield row
-        finally:
-            self.row(row)
-
-    def note(self, text: str) -> None:
-        """A sentence that the figures need beside them."""
-        self._append("note", text)
-
-    def problem(self, text: str) -> None:
-        """What went wrong, in a sentence. The check fails."""
-        self._append("problem", text)
-
-    def at(self, text: str) -> None:
-        """What is about to be done, so that one knows where a part died."""
-        self._append("at", text)
+BEGIN, END = "<!-- gpu-check: begin -->\n", "<!-- gpu-check: end -->"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run of one part. `deadline` is of time.monotonic; `bandwidth` in bytes a second, 0 if unknown."""
+    """One run of one part: where its findings go, which run of the check it belongs to (when, and of which commit),
+    which table of the document they are for, and after how many seconds it is killed."""
 
     scale: Scale
-    report: Report
-    deadline: float
-    bandwidth: float = 0.0
+    file: Path
+    run: str
+    table: str
+    seconds: float
 
-    @property
-    def left(self) -> float:
-        """Seconds until the part should end."""
-        return self.deadline - time.monotonic()
+    def tell(self, **finding: Any) -> dict[str, Any]:
+        """Append a finding, and return its line: row= (column → text or number), note= or problem= (a sentence)."""
+        line = {"run": self.run, "table": self.table, **finding}
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        return line
 
-    def attempt(self, what: str, measure: Callable[[], T]) -> T | None:
-        """What `measure` returns; None, with a problem in the report, if it fails.
+    @contextmanager
+    def row(self, **fields: Any) -> Iterator[Row]:
+        """A row that is filled inside. What fails there is a problem; what was filled in is told, and the part goes on.
 
-        Raises OutOfTime instead of beginning too late, and what broke the device: nothing after it could be trusted.
+        Raises what broke the device: nothing after it could be trusted.
         """
-        if self.left <= 0:
-            raise OutOfTime
-        self.report.at(what)
+        from loramux.ops.device import is_lost  # torch, which is not needed to read what was found
+
+        row: Row = dict(fields)
+        title = ", ".join(f"{name} {value}" for name, value in fields.items())
+        print(title, flush=True)  # the log's last line says where a part died
         try:
-            return measure()
-        except OutOfTime:  # of an attempt within this one
-            raise
+            yield row
         except Exception as error:
-            text = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-            self.report.problem(f"{what}: {text}")
-            # What may not be recorded in a graph breaks nothing.
-            if type(error).__name__ == "AcceleratorError" and "captur" not in text:
+            self.tell(problem=f"{title}: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+            if is_lost(error):
                 raise
-            return None
-
-
-@dataclass(slots=True)
-class Findings:
-    """All that one run says of one table."""
-
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Run:
-    """One run: its machine row (device, versions, "GB/s"), its commit, and what it found, by table."""
-
-    name: str
-    commit: str = "unknown"
-    tables: dict[str, Findings] = field(default_factory=dict)
+        finally:
+            self.tell(row=row)
 
     @property
-    def machine(self) -> Row:
-        """Empty if the machine was not described."""
-        found = self.tables.get("machine")
-        return found.rows[-1] if found and found.rows else {}
-
-    @property
-    def stamp(self) -> str:
-        """When, and with what."""
-        machine = self.machine
-        names = ("driver", "torch", "triton", "transformers", "bitsandbytes")
-        return ", ".join([self.name, *(f"{n} {machine.get(n, '?')}" for n in names), f"loramux {self.commit}"])
+    def bandwidth(self) -> float:
+        """GB/s of the last copy of the part `machine`; infinite if it is not known, so that nothing takes any time."""
+        rates = [line["row"].get("GB/s") for line in read(self.file) if line["table"] == "machine" and "row" in line]
+        return float(rates[-1] or math.inf) if rates else math.inf
 
 
-def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The lines that are whole: a writer may have been killed in the middle of one."""
-    for line in lines:
+def read(file: Path, start: int = 0) -> list[dict[str, Any]]:
+    """The findings from a byte of the file on; a line that is not whole is none: its writer was killed in it."""
+    found = []
+    for line in (file.read_bytes() if file.exists() else b"")[start:].splitlines():
         try:
-            yield json.loads(line)
+            found.append(json.loads(line))
         except ValueError:
             continue
+    return found
 
 
-def read(file: Path) -> list[Run]:
-    """The runs in a file, oldest first; none if there is no file."""
-    runs: dict[str, Run] = {}
-    for line in parse(file.read_text().splitlines() if file.exists() else ()):
-        run = runs.setdefault(line["run"], Run(line["run"]))
-        run.commit = line.get("commit", run.commit)
-        for what in {"row", "note", "problem"} & line.keys():
-            getattr(run.tables.setdefault(line["table"], Findings()), f"{what}s").append(line[what])
-    return list(runs.values())
-
-
-def render(runs: Sequence[Run]) -> str:
-    """Markdown: by device and table, of the last run that has it."""
-    last = {(run.machine.get("device", "unknown device"), table): (run, found) for run in runs
-            for table, found in run.tables.items()}  # fmt: skip
+def render(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: of each table and device the last run that has it."""
+    machines = {line["run"]: line["row"] for line in lines if line["table"] == "machine" and "row" in line}
+    tables: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for line in lines:
+        device = machines.get(line["run"], {}).get("device", "unknown device")
+        tables.setdefault((line["table"], device), {}).setdefault(line["run"], []).append(line)
     sections = []
-    for (device, table), (run, found) in last.items():
-        lines = [f"### {table}: {device}", "", run.stamp, ""]
-        lines += [*(f"- **failed**: {plain(problem)}" for problem in found.problems), ""] if found.problems else []
-        lines += markdown(found.rows)
-        lines += [f"- {plain(note)}" for note in found.notes]
-        sections.append("\n".join(lines).strip() + "\n")
-    return "\n".join(sections) or NOTHING
+    for (table, device), runs in tables.items():
+        run, found = runs.popitem()
+        versions = ("driver", "torch", "triton", "transformers", "bitsandbytes")
+        stamp = [run, *(f"{name} {machines.get(run, {}).get(name, '?')}" for name in versions)]
+        problems = [f"- **failed**: {plain(line['problem'])}" for line in found if "problem" in line]
+        rows = markdown([line["row"] for line in found if "row" in line])
+        notes = [f"- {plain(line['note'])}" for line in found if "note" in line]
+        paragraphs = ([f"### {table}: {device}"], [", ".join(stamp)], problems, rows, notes)
+        sections.append("\n\n".join("\n".join(lines) for lines in paragraphs if lines) + "\n")
+    return "\n".join(sections)
 
 
 def update(document: Path, text: str) -> None:
     """Put `text` between the two markers. Raises ValueError if the file has not both."""
-    before, begin, rest = document.read_text().partition(BEGIN + "\n")
+    before, begin, rest = document.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{document} has no lines {BEGIN} and {END} for the figures to go between")
-    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    document.write_text(before + begin + text + end + after)
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
-    """A table of all columns of all rows, in the order in which they first come, and an empty line; or nothing."""
-    if not rows:
-        return []
+    """A table of all columns of all rows, in the order in which they first come; nothing of no rows."""
     names = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"| {' | '.join(map(plain, names))} |", "|" + " --- |" * len(names)]
-    return [*lines, *(f"| {' | '.join(cell(row.get(name)) for name in names)} |" for row in rows), ""]
+    lines = [names, ["---"] * len(names), *([cell(row.get(name)) for name in names] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines] if rows else []
 
 
 def cell(value: object) -> str:

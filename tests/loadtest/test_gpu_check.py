@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,64 +19,61 @@ from loramux.ops.nf4 import NF4Weight
 
 from loadtest.cli import main
 from loadtest.commands import gpu_check
-from loadtest.gpu import gemm, parts, pytests, report
-from loadtest.gpu.parts import FIRST, PARTS, SECOND, Part, run_part
-from loadtest.gpu.peers import peers
-from loadtest.gpu.pytests import Watch
-from loadtest.gpu.random_model import RandomAdapters, RandomNF4
-from loadtest.gpu.report import Findings, Job, OutOfTime, Report, read, render, update
+from loadtest.commands.gpu_check import run_part
+from loadtest.gpu import machine, pytests, report
+from loadtest.gpu.models import random_adapter, random_model
+from loadtest.gpu.parts import FIRST, PARTS, ROOT, SECOND, Part, processes
+from loadtest.gpu.peers import TITLES, peers
+from loadtest.gpu.report import Job, read, render, update
 from loadtest.gpu.scale import DRY
 from loadtest.gpu.served import served
 from loadtest.gpu.steps import StepBench, profile, steps
 from tests.patience import PATIENCE
 
-CPU = torch.device("cpu")
-PAGE = f"before\n{report.BEGIN}\n{report.NOTHING}{report.END}\nafter\n"
+BATCHES = ("base", "one, r=2", "one each, r=2")
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    return Job(DRY, Report(tmp_path / "rows.jsonl", "run", "table"), time.monotonic() + 60, bandwidth=1e10)
+    """With a machine whose copy is known."""
+    job = Job(DRY, tmp_path / "rows.jsonl", "run", "table", 60)
+    job.file.write_text(json.dumps({"run": "run", "table": "machine", "row": {"GB/s": 10.0}}) + "\n")
+    return job
 
 
-def findings(file: Path) -> Findings:
-    (run,) = read(file)
-    return run.tables["table"]
+def found(job: Job, what: str = "row") -> list[Any]:
+    return [line[what] for line in read(job.file) if line["table"] == "table" and what in line]
 
 
-def done(part: Callable[[Job], None], job: Job) -> Findings:
+def rows_of(part: Callable[[Job], None], job: Job) -> list[dict[str, Any]]:
     part(job)
-    return findings(job.report.file)
+    assert found(job, "problem") == []
+    return found(job)
 
 
 def test_steps_are_measured_beside_their_floor(job: Job) -> None:
-    found = done(steps, job)
-    assert not found.problems
-    (row,) = found.rows
-    assert row["rows"] == 1
-    for kind in ("base", "1 adapter", "one each, r=2"):
-        assert min(row[kind], row[f"{kind}, forward"], row[f"{kind}, clock"], row[f"{kind}, floor"]) > 0
-    assert row["graphs"] == 0
-    assert {"tax, 1 adapter", "tax, one each"} <= row.keys()
-    assert row["one each, r=2, floor"] > row["base, floor"]
+    rows = rows_of(steps, job)
+    assert [(row["rows"], row["adapters"]) for row in rows] == [(1, name) for name in BATCHES]
+    assert all(min(row["forward"], row["clock"], row["floor"]) > 0 for row in rows)
+    assert rows[2]["floor"] > rows[0]["floor"]
+    assert [("tax" in row, row["replay"]) for row in rows] == [(False, None), (True, None), (True, None)]
 
 
-def test_steps_without_graphs_on_a_gpu_are_a_problem(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = StepBench(job, (1,))
-    monkeypatch.setattr(bench, "model", SimpleNamespace(graphs=None, device=torch.device("cuda")))
-    monkeypatch.setattr(bench, "_bytes", lambda *_: 1)
-    monkeypatch.setattr(
-        bench, "_step", lambda *_: SimpleNamespace(best=1.0, device_ms=1.0, wall_ms=1.0, replay_ms=None)
-    )
-    bench._cell({}, 1, "base", [])
-    assert findings(job.report.file).problems == ["1 rows, base: launched one by one, 0 graphs"]
+def test_the_replay_is_timed_alone_and_its_absence_a_problem(job: Job) -> None:
+    bench, replays = StepBench(job, (1,)), []
+    bench._recorder = SimpleNamespace(last=lambda: replays.append(1))  # type: ignore[assignment]
+    measured = bench.measure(bench.decode(1, []))
+    assert measured["replay"] is not None
+    assert replays
+    with pytest.raises(ValueError, match="launched one by one"):
+        bench.measure(bench.decode(1, []))
 
 
 def test_a_step_computes_with_its_adapters(job: Job) -> None:
     """What is timed is one token of each sequence, in the company of its own context, with its own adapter."""
     bench = StepBench(job, (2,))
     model = bench.model
-    adapters = RandomAdapters(model, [2], 2).adapters
+    adapters = [random_adapter(model, 2) for _ in range(2)]
     base, first, each = (model.forward(bench.decode(2, a)).float() for a in ([], adapters[:1], adapters))
     assert torch.isfinite(base).all()
     assert not torch.equal(first, base)
@@ -90,135 +85,110 @@ def test_a_step_computes_with_its_adapters(job: Job) -> None:
     assert not torch.equal(model.forward(bench.decode(2, [])).float()[0], base[0])
 
 
-def test_adapters_lie_beside_each_other(job: Job) -> None:
-    model = StepBench(job, (1,)).model
-    adapters = RandomAdapters(model, [1, 3], 3).adapters
-    assert [adapter.max_rank for adapter in adapters] == [1, 3, 1]
-    bounds = [(a.buffer.data_ptr(), a.buffer.data_ptr() + a.buffer.nbytes) for a in adapters]
-    assert all(end == begin for (_, end), (begin, _) in pairwise(bounds))
-    assert all(begin % 64 == 0 for begin, _ in bounds)
-    for adapter in adapters:
-        for site, weights in adapter.items():
-            a, b, *_ = adapter.offsets[site].tolist()
-            assert weights.a.data_ptr() == adapter.buffer[a:].data_ptr()
-            assert weights.b.data_ptr() == adapter.buffer[b:].data_ptr()
-            assert weights.a.any()
-            assert weights.b.any()
+def test_an_adapter_lies_as_its_offsets_say(job: Job) -> None:
+    adapter = random_adapter(StepBench(job, (1,)).model, 3)
+    assert adapter.max_rank == 3
+    for site, weights in adapter.items():
+        a, b, *_ = adapter.offsets[site].tolist()
+        assert weights.a.data_ptr() == adapter.buffer[a:].data_ptr()
+        assert weights.b.data_ptr() == adapter.buffer[b:].data_ptr()
+        assert weights.a.any()
+        assert weights.b.any()
 
 
 def test_the_profile_says_where_a_step_goes(job: Job) -> None:
-    found = done(profile, job)
-    assert not found.problems
-    assert {row["adapters"] for row in found.rows} == {"base", "one each"}
-    assert any(row["kernel"] == "loramux_cpu::linear" and row["times"] >= 1 for row in found.rows)
-    assert sum(float(row["share"].rstrip("%")) for row in found.rows if row["adapters"] == "base") > 90
+    rows = rows_of(profile, job)
+    assert {row["adapters"] for row in rows} == {"base", "one each"}
+    assert any(row["kernel"] == "loramux_cpu::linear" and row["times"] >= 1 for row in rows)
+    assert sum(float(row["share"].rstrip("%")) for row in rows if row["adapters"] == "base") > 90
 
 
 def test_random_weights_keep_the_size_of_what_goes_through() -> None:
-    weight = RandomNF4(CPU).weight(256, 512, gain=0.5)
-    stored = weight.to_checkpoint("w")
-    codes = stored.pop("w")
-    again = NF4Weight.from_checkpoint(codes, {name.removeprefix("w."): value for name, value in stored.items()})
-    dense = weight.dequantize(torch.float32)
-    torch.testing.assert_close(again.dequantize(torch.float32), dense, rtol=0, atol=0)
-    x = torch.randn(64, 512)
-    assert (x @ dense.T).std() / x.std() == pytest.approx(0.5, rel=0.1)
+    layer = random_model(DRY.model, "cpu").model.layers[0].mlp.gate_proj.weight
+    weight = NF4Weight.quantize(layer).dequantize(torch.float32)
+    x = torch.randn(64, layer.shape[1])
+    assert (x @ weight.T).std() / x.std() == pytest.approx(1, rel=0.1)
 
 
 def test_operations_are_measured_beside_their_peers(job: Job) -> None:
-    found = done(gemm.gemm, job)
-    assert not found.problems
-    assert len(found.rows) == 4 * len(DRY.gemm_rows)
-    for row in found.rows:
-        assert min(row["loramux"], row["bitsandbytes"], row["dense bf16"], row["× bitsandbytes"], row["floor"]) > 0
-        assert 0 < row["error"] < gemm.MOST_ERROR
+    rows = rows_of(machine.gemm, job)
+    assert len(rows) == 4 * len(DRY.gemm_rows) * 3
+    assert [row["by"] for row in rows[:3]] == ["loramux", "bitsandbytes", "dense bf16"]
+    assert all(min(row["µs"], row["× loramux"], row["floor"]) > 0 for row in rows)
 
 
-def test_a_wrong_product_is_a_problem(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "error", lambda *_: float("nan"))
-    assert "q/k/v, 1 rows: wrong, error nan" in done(gemm.gemm, job).problems
+def test_bitsandbytes_gets_the_same_product_to_do() -> None:
+    weights = [NF4Weight.quantize(torch.randn(n, 64)) for n in (32, 16)]
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    for weight, product in zip(weights, machine.bitsandbytes_product(x, weights), strict=True):
+        expected = x.float() @ weight.dequantize(torch.float32).T
+        torch.testing.assert_close(product.float(), expected, rtol=5e-2, atol=0.2)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_peers_are_measured(job: Job) -> None:
-    found = done(peers, job)
-    assert not found.problems
-    assert [(row["what"].split()[0], row["rows"]) for row in found.rows] == [
-        (who, rows) for who in ("bitsandbytes", "dense") for rows in DRY.all_rows
-    ]
-    assert all(isinstance(row[kind], float) for row in found.rows for kind in ("base", "1 adapter", "one each, r=2"))
+    rows = rows_of(peers, job)
+    expected = [(who, n, name) for who in TITLES.values() for name in BATCHES for n in DRY.all_rows]
+    assert [(row["what"], row["rows"], row["adapters"]) for row in rows] == expected
+    assert all(isinstance(row["forward"], float) for row in rows)
 
 
 def test_a_real_server_answers_in_a_batch_as_alone(job: Job) -> None:
-    found = done(served, job)
-    assert not found.problems
-    (row,) = found.rows
-    assert row["served"] == "tiny --batch-invariant"
-    assert row["answers as alone"] == "16 of 16"
-    assert all(row[name] > 0 for name in ("1 requests, base", "4 requests, base", "4 requests, 2 adapters"))
+    answers, rate = rows_of(served, job)
+    assert answers["what"] == "loramux serve --batch-invariant"
+    assert (answers["measured"], answers["found"]) == ("answers as alone", "16 of 16")
+    assert rate["measured"] == "serve_c4_a2, output tokens/s"
+    assert rate["found"] > 0
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(job: Job) -> None:
-    with job.report.filling(rows=1) as row:
-        row["first"] = job.attempt("a cell", lambda: 1 / 0)
-        row["second"] = job.attempt("another", lambda: 2.5)
-    found = findings(job.report.file)
-    assert found.rows == [{"rows": 1, "first": None, "second": 2.5}]
-    assert found.problems == ["a cell: ZeroDivisionError: division by zero"]
+    with job.row(rows=1, by="us") as row:
+        row["first"] = 2.5
+        row["second"] = 1 / 0
+    assert found(job) == [{"rows": 1, "by": "us", "first": 2.5}]
+    assert found(job, "problem") == ["rows 1, by us: ZeroDivisionError: division by zero"]
 
 
 def test_what_breaks_the_device_ends_its_part(job: Job) -> None:
-    def fail(text: str) -> None:
-        raise type("AcceleratorError", (RuntimeError,), {})(text)
-
-    assert job.attempt("a graph", lambda: fail("operation not permitted when stream is capturing")) is None
-    with pytest.raises(RuntimeError, match="illegal"):
-        job.attempt("a kernel", lambda: fail("an illegal memory access was encountered"))
-    assert len(findings(job.report.file).problems) == 2
-
-
-def test_without_time_nothing_begins(tmp_path: Path) -> None:
-    job = Job(DRY, Report(tmp_path / "rows", "run", "table"), time.monotonic())
-    with pytest.raises(OutOfTime):
-        job.attempt("a server", lambda: pytest.fail("it began"))
-    late = Job(DRY, job.report, time.monotonic() + 60)
-    with pytest.raises(OutOfTime):  # and that is no failure of what it began within
-        late.attempt("a server", lambda: job.attempt("a rate", lambda: 1.0))
-    assert not any(run.tables for run in read(job.report.file))
+    with job.row(rows=1):
+        raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+    with pytest.raises(RuntimeError, match="illegal"), job.row(rows=2):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert len(found(job, "problem")) == 2
+    assert found(job) == [{"rows": 1}, {"rows": 2}]
 
 
-def child(tmp_path: Path, code: str, seconds: float) -> tuple[Findings, list[dict[str, Any]]]:
-    written, shown = Report(tmp_path / "rows", "run", "table"), []
+def child(job: Job, code: str, seconds: float = PATIENCE) -> list[dict[str, Any]]:
+    """What a part with this code has told."""
     head = (
-        "from loadtest.gpu.report import Report; from pathlib import Path; import os, sys, time, signal, subprocess\n"
+        "from loadtest.gpu.report import Job; from pathlib import Path; import os, sys, time, signal, subprocess\n"
+        f"job = Job(None, Path({str(job.file)!r}), 'run', 'table', 60)\n"
     )
-    head += f"r = Report(Path({str(written.file)!r}), 'run', 'table')\n"
-    assert not run_part([sys.executable, "-c", head + code], written, tmp_path / "log", seconds, shown.append)
-    return findings(written.file), shown
+    limited = Job(DRY, job.file, job.run, job.table, seconds)
+    return run_part([sys.executable, "-c", head + code], limited, job.file.with_name("log"))
 
 
-def test_a_part_that_crashes_keeps_what_it_had(tmp_path: Path) -> None:
-    found, shown = child(tmp_path, "r.row({'x': 1}); r.at('cell 7'); os.kill(os.getpid(), signal.SIGSEGV)", PATIENCE)
-    assert found.rows == [{"x": 1}]
-    assert found.problems == ["ended with status -11, at cell 7: nothing in the log"]
-    assert [line.keys() - {"run", "table"} for line in shown] == [{"row"}, {"at"}, {"problem"}]
+def test_a_part_that_crashes_keeps_what_it_had(job: Job) -> None:
+    told = child(job, "job.tell(row={'x': 1}); print('cell 7', flush=True); os.kill(os.getpid(), signal.SIGSEGV)")
+    assert [line.keys() - {"run", "table"} for line in told] == [{"row"}, {"problem"}]
+    assert found(job) == [{"x": 1}]
+    assert found(job, "problem") == ["ended with status -11: cell 7"]
 
 
-def test_a_part_that_raises_shows_the_last_line(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("of an earlier part\n")
-    found, _ = child(tmp_path, "raise RuntimeError('an illegal memory access was encountered')", PATIENCE)
-    assert found.problems == ["ended with status 1: RuntimeError: an illegal memory access was encountered"]
+def test_a_part_that_raises_shows_the_last_line(job: Job) -> None:
+    child(job, "raise RuntimeError('an illegal memory access was encountered')")
+    assert found(job, "problem") == ["ended with status 1: RuntimeError: an illegal memory access was encountered"]
 
 
-def test_a_part_that_overruns_its_limit_is_killed_with_its_servers(tmp_path: Path) -> None:
+def test_a_part_that_overruns_its_limit_is_killed_with_its_servers(job: Job) -> None:
     code = (
         "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "r.row({'pid': p.pid}); r.file.open('a').write('{\"row\": {\"cut o')\n"
+        "job.tell(row={'pid': p.pid}); job.file.open('a').write('{\"row\": {\"cut o')\n"
         "time.sleep(600)"
     )
-    found, _ = child(tmp_path, code, 5.0)
-    (row,) = found.rows
-    assert "not done after 5 s and killed" in found.problems[0], "the line after the one cut off is whole"
+    child(job, code, 5.0)
+    (row,) = found(job)
+    assert "not done after 5 s and killed" in found(job, "problem")[0], "the line after the one cut off is whole"
     deadline = time.monotonic() + PATIENCE
     with suppress(psutil.NoSuchProcess):  # gone, or dead and waited for by nobody
         while psutil.Process(row["pid"]).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
@@ -226,98 +196,85 @@ def test_a_part_that_overruns_its_limit_is_killed_with_its_servers(tmp_path: Pat
             time.sleep(0.05)
 
 
-def test_compiled_kernels_are_packed_if_they_are_small_enough(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = job.report.file.parent / "cache"
-    (cache / "KEY").mkdir(parents=True)
-    for name in ("a.cubin", "a.json", "a.ttgir"):
-        (cache / "KEY" / name).write_text(name)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    archive = job.report.file.parent / parts.ARCHIVE
-    parts.pack(job)
-    with tarfile.open(archive) as packed:
-        assert sorted(packed.getnames()) == ["KEY/a.cubin", "KEY/a.json"]
-    monkeypatch.setattr(parts, "MOST_ARCHIVE", 10)
-    parts.pack(job)
-    assert not archive.exists()
-    assert "not kept" in findings(job.report.file).problems[0]
-
-
-def test_tests_are_counted_and_end_with_the_device(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = Watch(job)
-    ids = ["t/a.py::one", "t/a.py::two", "t/a.py::three", "t/a.py::four"]
-    session: Any = SimpleNamespace(shouldstop=False, items=ids)
-    watch.pytest_collection_finish(session)
-
-    def tell(nodeid: str, when: str, outcome: str, text: str = "") -> None:
-        flags = {name: outcome == name for name in ("passed", "failed")}
-        watch.pytest_runtest_logreport(
-            SimpleNamespace(nodeid=nodeid, when=when, outcome=outcome, longrepr=text, **flags)  # type: ignore[arg-type]
-        )
-
-    for nodeid, outcome in zip(ids, ("passed", "failed", "failed"), strict=False):
-        watch.pytest_runtest_logstart(nodeid)
-        tell(nodeid, "setup", "passed")
-        assert not session.shouldstop
-        tell(nodeid, "call", outcome, "AcceleratorError: misaligned address" if "three" in nodeid else "E: 3 is not 4")
-        tell(nodeid, "teardown", "passed")
-        watch.pytest_runtest_logfinish()
-    assert session.shouldstop == "the device is broken for this process"
-    assert watch.broken
-    assert watch.count == {"passed": 1, "failed": 2, "not run": 1}
-    assert findings(job.report.file).problems == [
-        "t/a.py::two: E: 3 is not 4",
-        "t/a.py::three: AcceleratorError: misaligned address",
-    ]
-
-
-def test_after_a_broken_device_the_rest_of_a_file_runs_in_a_new_process(
-    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Told by a file whose first test says what a broken device says."""
-    (tmp_path / "test_it.py").write_text(
-        "def test_a(): raise RuntimeError('AcceleratorError')\ndef test_b(): pass\ndef test_c(): pass\n"
-    )
-    command = [sys.executable, "-c", RUN_FILE, str(job.report.file), str(tmp_path / "test_it.py")]
-    for name in ("PYTEST_CURRENT_TEST", pytests.SKIP):
-        monkeypatch.delenv(name, raising=False)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=parts.ROOT)
-    found = findings(job.report.file)
-    assert [[row[n] for n in ("passed", "failed", "not run")] for row in found.rows] == [[0, 1, 2], [2, 0, 0]]
-    assert len(found.problems) == 1
-
-
 RUN_FILE = """
-import pathlib, sys, time
+import pathlib, sys
 from dataclasses import replace
 from loadtest.gpu import pytests
-from loadtest.gpu.report import Job, Report
+from loadtest.gpu.report import Job
 from loadtest.gpu.scale import DRY
-job = Job(replace(DRY, device="cuda"), Report(pathlib.Path(sys.argv[1]), "run", "table"), time.monotonic() + 60)
-pytests.run_file(job, sys.argv[2])
+scale = replace(DRY, device="cuda" if sys.argv[3] == "all" else "cpu")
+pytests.run_file(Job(scale, pathlib.Path(sys.argv[1]), "run", "table", float(sys.argv[4])), sys.argv[2])
 """
+
+
+@pytest.fixture
+def run_file(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[list[int]]]:
+    """Runs a file of tests as a part does, and returns the outcomes of each process that it took."""
+    for name in ("PYTEST_CURRENT_TEST", pytests.SKIP):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(code: str, tests: str = "all", seconds: float = PATIENCE) -> list[list[int]]:
+        (tmp_path / "test_it.py").write_text(code)
+        command = [sys.executable, "-c", RUN_FILE, str(job.file), str(tmp_path / "test_it.py"), tests, str(seconds)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        return [[row[n] for n in ("passed", "failed", "skipped", "not run")] for row in found(job)]
+
+    return run
+
+
+LOST = "import pytest, torch\ndef test_lost(): raise torch.AcceleratorError('CUDA error: misaligned address')\n"
+
+
+def test_after_a_broken_device_the_rest_of_a_file_runs_in_a_new_process(job: Job, run_file: Any) -> None:
+    before, after = "def test_before(): assert 3 == 4\n", "def test_after(): pass\ndef test_skipped(): pytest.skip()\n"
+    assert run_file(before + LOST + after) == [[0, 2, 0, 2], [1, 0, 1, 0]]
+    failed, lost = found(job, "problem")
+    assert failed.endswith("::test_before: AssertionError: assert 3 == 4")
+    assert lost.endswith("::test_lost: torch.AcceleratorError: CUDA error: misaligned address")
+
+
+def test_a_second_loss_goes_on_behind_it(run_file: Any) -> None:
+    again = LOST.replace("test_lost", "test_again")
+    assert run_file(LOST + again + "def test_after(): pass\n") == [[0, 1, 0, 2], [0, 1, 0, 1], [1, 0, 0, 0]]
+
+
+def test_tests_for_which_there_is_no_time_are_a_problem(job: Job, run_file: Any) -> None:
+    assert run_file("def test_a(): pass\ndef test_b(): pass\n", seconds=1e-3) == [[1, 0, 0, 1]]
+    assert found(job, "problem")[0].endswith("pytest ended with TESTS_FAILED, 1 tests were not run")
+
+
+def test_a_dry_run_takes_one_test_of_a_file(run_file: Any) -> None:
+    assert run_file("def test_a(): assert False\ndef test_b(): pass\n", "one") == [[1, 0, 0, 0]]
+
+
+def test_a_file_that_cannot_be_imported_is_a_problem(job: Job, run_file: Any) -> None:
+    assert run_file("import nothing_of_that_name") == [[0, 0, 0, 0]]
+    why, none = found(job, "problem")
+    assert "ModuleNotFoundError: No module named 'nothing_of_that_name'" in why
+    assert none.endswith("pytest ended with INTERRUPTED, 0 tests were not run")
 
 
 def test_the_document_has_the_last_run_of_each_table_and_device(tmp_path: Path) -> None:
     file = tmp_path / "rows"
     for run, device, of in (("1", "H100", "old"), ("2", "A100", "other"), ("3", "H100", "new")):
-        Report(file, run, "machine").commit(f"c{run}")
-        Report(file, run, "machine").row({"device": device, "driver": "580"})
+        Job(DRY, file, run, "machine", 1).tell(row={"device": device, "driver": "580"})
         if run != "3":
-            Report(file, run, "tests").note(f"tests of run {run}")
-        Report(file, run, "steps").row({"a": 1.23456, "b": None, "c": of})
-    Report(file, "3", "steps").row({"a": 1234.5, "c": "x|<y>"})
-    Report(file, "3", "steps").problem("broke\nbadly")
+            Job(DRY, file, run, "tests", 1).tell(note=f"tests of run {run}")
+        Job(DRY, file, run, "steps", 1).tell(row={"a": 1.23456, "b": None, "c": of})
+    Job(DRY, file, "3", "steps", 1).tell(row={"a": 1234.5, "c": "x|<y>"})
+    Job(DRY, file, "3", "steps", 1).tell(problem="broke\nbadly")
     page = tmp_path / "gpu.md"
-    page.write_text(PAGE)
-    update(page, render(read(file)))
+    page.write_text(f"before\n{report.BEGIN}{report.END}\nafter\n")
+    for _ in range(2):
+        update(page, render(read(file)))
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n### ")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{report.BEGIN}### ")
+    assert text.endswith(f"\n{report.END}\nafter\n")
     assert "tests of run 1" in text
     assert "| old |" not in text
     assert text.count("### steps: ") == 2
     section = text.split("### steps: H100")[1]
-    assert "3, driver 580, torch ?, triton ?, transformers ?, bitsandbytes ?, loramux c3" in section
+    assert "3, driver 580, torch ?, triton ?, transformers ?, bitsandbytes ?" in section
     assert "- **failed**: broke badly\n\n| a | b | c |\n| --- | --- | --- |\n| 1.23 | – | new |\n" in section
     assert "| 1,234 | – | x\\|&lt;y> |" in section
     page.write_text("no markers")
@@ -353,9 +310,9 @@ def test_unknown_parts_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_the_presets_are_parts() -> None:
     assert set(FIRST) | set(SECOND) == set(PARTS)
-    files = [arguments[1] for name in ("smoke", "tests") for _, arguments in parts.commands(name)]
+    files = [file for name in ("smoke", "tests") for _, file in processes(name)]
     assert len(files) == len(set(files)) > 3
-    assert all((parts.ROOT / file).is_file() for file in files)
+    assert all((ROOT / file).is_file() for file in files)
 
 
 def test_a_dry_run_leaves_its_files_whatever_becomes_of_a_part(
@@ -364,27 +321,30 @@ def test_a_dry_run_leaves_its_files_whatever_becomes_of_a_part(
     """One real part, by the command line; one that crashes; one that is too late. The document is there after each."""
     written: list[list[str]] = []
 
-    def watched(command: list[str], of: Report, log: Path, seconds: float, show: Any) -> bool:
-        if written or (tmp_path / "out" / "gpu.md").exists():
-            written.append([table for run in read(of.file) for table in run.tables])
+    def watched(command: list[str], job: Job, log: Path) -> list[dict[str, Any]]:
+        if job.table != "machine":
+            written.append([line["table"] for line in read(job.file) if "row" in line])
             assert all(f"### {table}" in (tmp_path / "out" / "gpu.md").read_text() for table in written[-1])
         crash = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
-        return run_part(crash if "steps" in command else command, of, log, PATIENCE, show)
+        patient = Job(job.scale, job.file, job.run, job.table, PATIENCE)
+        return run_part(crash if "steps" in command else command, patient, log)
 
     monkeypatch.setattr(gpu_check, "run_part", watched)
-    monkeypatch.setitem(PARTS, "gemm", Part("gemm", "gemm:gemm", 0.5))
+    monkeypatch.setitem(PARTS, "gemm", Part("gemm", "machine:gemm", 0.5))
     monkeypatch.setenv("GPU_CHECK_OUT", str(tmp_path / "out"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert command(monkeypatch, "--dry-run", "--parts", "machine,steps,gemm", "--commit", "abc123") == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["verdict"] == "fail"
-    assert "machine: device: CPU" in " ".join(shown.err.split())
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md", "log", "rows.jsonl"]
+    assert "device: CPU" in " ".join(shown.err.split())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["gpu.md", "log", "rows.jsonl"]
     assert written == [["machine"]]
-    (run,) = read(tmp_path / "out" / "rows.jsonl")
-    assert run.machine["torch"] == torch.__version__
-    assert run.commit == "abc123"
-    assert run.tables["steps"].problems == ["ended with status -11: nothing in the log"]
-    assert run.tables["gemm"].problems == ["gemm: no time was left"]
+    told = read(tmp_path / "out" / "rows.jsonl")
+    assert {line["run"].partition(", ")[2] for line in told} == {"loramux abc123"}
+    assert told[0]["row"]["torch"] == torch.__version__
+    assert [line["problem"][:25] for line in told if "problem" in line] == [
+        "ended with status -11: " + sys.executable[:2],
+        "gemm: no time was left",
+    ]
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "loramux abc123" in text
+    assert "no time was left" in text
