@@ -15,6 +15,8 @@ import torch
 from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 from loramux.model.graphs import CudaRecorder
 from loramux.ops.backend import LinearPart
+from loramux.ops.cuda import precompile as ahead
+from loramux.ops.cuda.linear import can_overlap
 from loramux.ops.nf4 import NF4Weight
 from loramux.ops.select import select_backend
 from torch import Tensor
@@ -22,14 +24,9 @@ from torch.nn import functional as F
 
 from loadtest.gpu.models import milliseconds
 from loadtest.gpu.report import Job
-from loadtest.shapes import linear_shapes
 
 BF16 = torch.bfloat16
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes")
-OPERATIONS = {
-    "q/k/v": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate/up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}  # fmt: skip
 
 
 def machine(job: Job) -> None:
@@ -57,13 +54,8 @@ def machine(job: Job) -> None:
 def compile_kernels(job: Job) -> None:
     """A row for each kernel of the measured model, compiled into the cache by the server's own code, in parallel
     processes; in a dry run, of some of them, for a card that is not there."""
-    from loramux.ops.cuda import precompile as ahead
-    from loramux.ops.cuda.linear import can_overlap
-
-    model, dry = job.scale.model, job.scale.device == "cpu"
-    heads = model["num_attention_heads"], model["num_key_value_heads"], model["head_dim"]
-    shapes = ahead.Shapes.llama(model["hidden_size"], model["intermediate_size"], *heads, model["vocab_size"])
-    shapes = replace(shapes, overlap=can_overlap(torch.device(job.scale.device)))
+    dry = job.scale.device == "cpu"
+    shapes = replace(shapes_of(job), overlap=can_overlap(torch.device(job.scale.device)))
     wanted = ahead.Steps((8,), (0,), (False,)) if dry else ahead.steps(max(job.scale.mixed_ranks), invariant=False)
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     begin, processes = time.monotonic(), os.cpu_count() or 1
@@ -76,6 +68,13 @@ def compile_kernels(job: Job) -> None:
     job.tell(note=f"{seconds:.0f} s on the clock. Registers, bytes spilled, bytes of shared memory.")
 
 
+def shapes_of(job: Job) -> ahead.Shapes:
+    """Of the measured model: what its kernels depend on."""
+    model = job.scale.model
+    heads = model["num_attention_heads"], model["num_key_value_heads"], model["head_dim"]
+    return ahead.Shapes.llama(model["hidden_size"], model["intermediate_size"], *heads, model["vocab_size"])
+
+
 @torch.inference_mode()
 def gemm(job: Job) -> None:
     """A row for each operation of a layer, number of rows and who computes it; what the smoke checks is only timed."""
@@ -85,9 +84,7 @@ def gemm(job: Job) -> None:
         note="Microseconds of one operation without adapters, through a CUDA graph of all its copies "
         f"({least >> 20} MiB of NF4 or more, so that weights come from memory). Backend {backend.name}."
     )
-    sizes = {linear.leaf: linear for linear in linear_shapes(job.scale.model)}
-    for name, leaves in OPERATIONS.items():
-        k, widths = sizes[leaves[0]].inputs, [sizes[leaf].outputs for leaf in leaves]
+    for name, (k, widths, *_) in zip(("q/k/v", "o", "gate/up", "down"), shapes_of(job).operations, strict=True):
         copies = max(2, -(-least // (sum(widths) * k // 2)))
         layers = [[NF4Weight.quantize(torch.randn(n, k, device=device)) for n in widths] for _ in range(copies)]
         ours = [backend.prepare([LinearPart(w) for w in weights], range(len(widths))) for weights in layers]

@@ -63,7 +63,7 @@ class Watch:
     def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Of a test, or of a file that cannot be imported."""
         assert call.excinfo is not None
-        self._job.tell(problem=f"{node.nodeid}: {call.excinfo.exconly().splitlines()[0]}"[:300])
+        self._job.tell(problem=f"{node.nodeid}: {' '.join(call.excinfo.exconly().split())}"[:1000])
         if is_lost(call.excinfo.value):
             self.lost = True
             node.session.shouldstop = "the device is lost for this process"
