@@ -36,8 +36,11 @@ def served(job: Job) -> None:
         arguments += ["--max-context", "1024", "--adapter-memory", "4GiB", "--log-level", "warning"]
         for flags in ([FLAG],) if device == "cpu" else ([FLAG], []):
             title, begin = " ".join(["loramux serve", *flags]), time.monotonic()
-            with serve([*arguments, *flags], folder, start_timeout=seconds) as address:
-                job.tell(note=f"{title}: up after {time.monotonic() - begin:.1f} s.")
+            with (
+                job.row(what=title, measured="start, s") as row,
+                serve([*arguments, *flags], folder, start_timeout=seconds) as address,
+            ):
+                row["found"] = time.monotonic() - begin
                 with job.row(what=title, measured="answers as alone") as row:
                     equal = asyncio.run(equal_answers(address.target, config["vocab_size"], names, seconds))
                     row["found"] = f"{equal} of {QUESTIONS}"

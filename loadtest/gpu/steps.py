@@ -114,18 +114,15 @@ class StepBench:
     def measure(self, inputs: ModelInputs) -> dict[str, float | None]:
         """Milliseconds of a step: the replay of its graph alone, forwards launched one after another, and on the clock
         until its logits are there. Raises ValueError where there are graphs and none was replayed."""
-        forward = partial(self.model.forward, inputs)
-        forward()
-        replay = None
-        if self._recorder:
-            if self._recorder.last is None:
+        forward, replay, recorder = partial(self.model.forward, inputs), None, self._recorder
+        if recorder:
+            recorder.last = None
+            forward()
+            if recorder.last is None:
                 raise ValueError("launched one by one")
-            replay, self._recorder.last = milliseconds(self._recorder.last), None
-        return {
-            "replay": replay,
-            "forward": milliseconds(forward),
-            "clock": milliseconds(lambda: forward()[0, 0].item()),
-        }
+            replay = milliseconds(recorder.last)
+        clock = milliseconds(lambda: forward()[0, 0].item())
+        return {"replay": replay, "forward": milliseconds(forward), "clock": clock}
 
     def decode(self, rows: int, adapters: Sequence[AdapterWeights]) -> ModelInputs:
         """One more token of the first `rows` sequences; one adapter for all of them, one for each, or none."""

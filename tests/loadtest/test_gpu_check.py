@@ -59,14 +59,20 @@ def test_steps_are_measured_beside_their_floor(job: Job) -> None:
     assert [("tax" in row, row["replay"]) for row in rows] == [(False, None), (True, None), (True, None)]
 
 
-def test_the_replay_is_timed_alone_and_its_absence_a_problem(job: Job) -> None:
+def test_the_replay_is_timed_alone_and_its_absence_a_problem(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, replays = StepBench(job, (1,)), []
-    bench._recorder = SimpleNamespace(last=lambda: replays.append(1))  # type: ignore[assignment]
-    measured = bench.measure(bench.decode(1, []))
-    assert measured["replay"] is not None
-    assert replays
+    recorder, forward, inputs = SimpleNamespace(last=print), bench.model.forward, bench.decode(1, [])
+    bench._recorder = recorder  # type: ignore[assignment]
     with pytest.raises(ValueError, match="launched one by one"):
-        bench.measure(bench.decode(1, []))
+        bench.measure(inputs)
+
+    def replayed(inputs: Any) -> torch.Tensor:
+        recorder.last = lambda: replays.append(1)
+        return forward(inputs)
+
+    monkeypatch.setattr(bench.model, "forward", replayed)
+    assert all(bench.measure(inputs).values())
+    assert replays
 
 
 def test_a_step_computes_with_its_adapters(job: Job) -> None:
@@ -134,11 +140,12 @@ def test_peers_are_measured(job: Job) -> None:
 
 
 def test_a_real_server_answers_in_a_batch_as_alone(job: Job) -> None:
-    answers, rate = rows_of(served, job)
+    answers, rate, start = rows_of(served, job)
     assert answers["what"] == "loramux serve --batch-invariant"
     assert (answers["measured"], answers["found"]) == ("answers as alone", "16 of 16")
     assert rate["measured"] == "serve_c4_a2, output tokens/s"
     assert rate["found"] > 0
+    assert start["measured"] == "start, s"
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(job: Job) -> None:
