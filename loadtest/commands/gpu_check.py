@@ -57,6 +57,7 @@ def gpu_check(
         raise typer.BadParameter(f"--parts takes {', '.join(PARTS)}, not {', '.join(unknown)}")
     if names and not dry_run:
         require_device()
+    out = out.resolve()  # parts run in the checkout
     out.mkdir(parents=True, exist_ok=True)
     rows, failed = out / "rows.jsonl", False
     run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}, loramux {commit or checked_out()}"
@@ -94,7 +95,9 @@ def run_part(command: Sequence[str], job: Job, log: Path) -> list[dict[str, Any]
     with log.open("ab") as output:
         output.write(f"{' '.join(command)}\n".encode())
         output.flush()
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT, process_group=0)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=ROOT, process_group=0
+        )
     try:
         how = f"ended with status {process.wait(job.seconds)}"
     except subprocess.TimeoutExpired:
