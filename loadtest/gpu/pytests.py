@@ -19,7 +19,11 @@ from loadtest.gpu.report import Job
 
 SKIP = "GPU_CHECK_SKIP"  # tests of the file that were run before the device broke
 # Warnings of a library in another version are no failures here, nor is anything compiled for cards that are not here.
-OPTIONS = ["-v", "-p", "no:cacheprovider", "-o", "filterwarnings=", f"--rootdir={ROOT}", "-k", "not compile"]
+# Where a test kills the process, its name shall be the log's last line.
+OPTIONS = [
+    "-v", "-o", "filterwarnings=", "-p", "no:cacheprovider", "-p", "no:faulthandler", f"--rootdir={ROOT}",
+    "-k", "not compile",
+]  # fmt: skip
 
 
 def run_file(job: Job, file: str) -> None:

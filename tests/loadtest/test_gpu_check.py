@@ -254,6 +254,15 @@ def test_a_dry_run_takes_one_test_of_a_file(run_file: Any) -> None:
     assert run_file("def test_a(): assert False\ndef test_b(): pass\n", "one") == [[1, 0, 0, 0]]
 
 
+def test_a_test_that_kills_its_process_is_named(job: Job, tmp_path: Path) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text("import os, signal\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), signal.SIGSEGV)\n")
+    command = [sys.executable, "-c", RUN_FILE, str(job.file), str(file), "all", "60"]
+    run_part(command, Job(DRY, job.file, job.run, job.table, PATIENCE), tmp_path / "log")
+    assert found(job, "problem")[0].startswith("ended with status -11: ")
+    assert found(job, "problem")[0].endswith("::test_b")
+
+
 def test_a_file_that_cannot_be_imported_is_a_problem(job: Job, run_file: Any) -> None:
     assert run_file("import nothing_of_that_name") == [[0, 0, 0, 0]]
     why, none = found(job, "problem")
