@@ -15,8 +15,8 @@ from loramux.ops.backend import BoundSegments, Linear, LinearPart
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import Operation, TritonLinear, can_overlap
-from loramux.ops.cuda.precompile import Heads, Shapes, Steps, compiled_before, precompile, steps
+from loramux.ops.cuda.linear import DENSE_ROWS, Operation, TritonLinear, can_overlap, row_counts
+from loramux.ops.cuda.precompile import Heads, Shapes, compiled_before, precompile, steps
 from loramux.ops.cuda.segments import TritonSegments, bind
 from loramux.ops.fused import CapturableBackend, FusedLinear, LayerOperations
 from loramux.ops.grouped import GroupedBackend
@@ -106,13 +106,16 @@ class TritonBackend(CapturableBackend):
         self._vocabulary, self._dtype = weight.shape[0], weight.dtype
         return DenseLinear(weight, bias, invariant=self.batch_invariant)
 
+    def row_counts(self, most: int) -> tuple[int, ...]:
+        return row_counts(most, invariant=self.batch_invariant)
+
     def precompile(self, rows: Sequence[int], ranks: Sequence[int], progress: Callable[[int, int], None]) -> None:
         """In parallel processes, the kernels of the operations that were prepared; all but the first start on a
         machine find them on disk, and begin no process."""
         if self._device.type != "cuda" or not self._operations:
             return
         every = steps(max(ranks, default=0), invariant=self.batch_invariant)
-        wanted = Steps(tuple(n for n in every.rows if n <= max(rows)) or every.rows[:1], every.ranks, every.extras)
+        wanted = every._replace(rows=tuple(n for n in rows if n < DENSE_ROWS or self.batch_invariant))
         shapes = Shapes(
             operations=tuple(sorted(self._operations)),
             attentions=tuple(self._attentions),

@@ -86,6 +86,15 @@ def tiling(rows: int, *, invariant: bool) -> Tiling:
     return Tiling(64, 128, 4, 3, 1, 132)
 
 
+def row_counts(most: int, *, invariant: bool) -> tuple[int, ...]:
+    """Numbers of rows up to `most`, such that any other one launches the kernels of one of these: the last of each
+    tiling, and of each number of tiles of 128 rows, which decides into how many shares K is cut."""
+    if invariant:
+        return (most,)
+    last = (8, 16, 32, 64, *range(128, DENSE_ROWS, 128), DENSE_ROWS - 1)
+    return (*(rows for rows in last if rows < most), most)
+
+
 @dataclass(frozen=True, slots=True)
 class DownTiling:
     """Ranks, rows and inputs of a tile of lora_down's, and the loads it keeps in flight; four warps."""

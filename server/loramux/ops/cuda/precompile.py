@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import DENSE_ROWS, MANY_SEGMENTS, Operation, TritonLinear
+from loramux.ops.cuda.linear import DENSE_ROWS, MANY_SEGMENTS, Operation, TritonLinear, row_counts
 from loramux.ops.cuda.sampling import greedy
 from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
@@ -101,11 +101,12 @@ class Steps(NamedTuple):
 
 
 def steps(max_rank: int, *, invariant: bool) -> Steps:
-    """All that a server with adapters up to `max_rank` can meet: one number of rows for each tile and each split."""
-    rows = (64,) if invariant else (8, 16, 32, 64, *range(128, DENSE_ROWS, 128), DENSE_ROWS - 1)
+    """All that a server with adapters up to `max_rank` can meet."""
     # One rank for each tile of lora_down's, and of B's.
     ranks = tuple(rank for rank in (16, 32, 64) if rank < max_rank)
-    return Steps(rows, (0, *ranks, max_rank) if max_rank else (0,), (False, True))
+    return Steps(
+        row_counts(DENSE_ROWS - 1, invariant=invariant), (0, *ranks, max_rank) if max_rank else (0,), (False, True)
+    )
 
 
 class Compiled(NamedTuple):
