@@ -89,6 +89,13 @@ def test_a_failure_says_why() -> None:
         precompile(Shapes((), (), 64, 0, dtype="float3"), Steps((8,), (0,), (False,)), 90, processes=1)
 
 
+def test_a_failure_may_take_many_words() -> None:
+    """More than a pipe holds: a compiler that fails prints what it was given."""
+    shapes = Shapes((), (), 64, 0, dtype="float3" * 50_000)
+    with pytest.raises(RuntimeError, match="compiling kernels failed: .*float3"):
+        precompile(shapes, Steps((8,), (0,), (False,)), 90, processes=1)
+
+
 def test_the_steps_of_a_server_have_every_tile() -> None:
     wanted = steps(64, invariant=False)
     assert wanted.ranks == (0, 16, 32, 64)

@@ -147,12 +147,15 @@ def precompile(
     with contextlib.ExitStack() as stack:
         running = []
         for index in range(processes):
+            # No pipe, which one that fails may fill (a compiler prints all that it could not compile) while nobody
+            # reads it.
+            said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             process = stack.enter_context(
                 subprocess.Popen(  # noqa: S603
                     command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
+                    stderr=said,
                     text=True,
                     env=environment,
                 )
@@ -161,11 +164,10 @@ def precompile(
             assert process.stdin is not None
             process.stdin.write(json.dumps({**request, "share": [index, processes]}))
             process.stdin.close()
-            running.append(process)
+            running.append((process, said))
         done: list[Compiled] = []
-        for process in running:
+        for process, said in running:
             assert process.stdout is not None
-            assert process.stderr is not None
             for line in process.stdout:
                 values = json.loads(line)
                 total = values.pop("of")
@@ -173,7 +175,9 @@ def precompile(
                 tell(done[-1])
                 progress(len(done), total)
             if process.wait() != 0:
-                raise RuntimeError(f"compiling kernels failed: {process.stderr.read().strip()[-2000:]}")
+                said.seek(0)
+                words = said.read().strip()[-2000:] or f"a process ended with status {process.returncode}"
+                raise RuntimeError(f"compiling kernels failed: {words}")
     return done
 
 
