@@ -35,7 +35,7 @@ from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
 from loramux.model.warm_up import warm_up
 from loramux.ops.cpu.build import wanted_isa, wanted_threads
-from loramux.ops.device import device_errors
+from loramux.ops.device import device_errors, out_of_memory
 from loramux.ops.site import Site
 from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
@@ -114,7 +114,9 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
             compiling=phases.counting("Compiling GPU kernels"),
             progress=phases.counting("Running each kind of step once"),
         )
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise StartupError(f"--max-batch-tokens: a step of so many tokens does not fit: {error}") from error
     if model.can_capture:
         model.capture_decode_steps(

@@ -92,7 +92,7 @@ def test_a_failure_says_why() -> None:
 def test_a_failure_may_take_many_words() -> None:
     """More than a pipe holds: a compiler that fails prints what it was given."""
     shapes = Shapes((), (), 64, 0, dtype="float3" * 50_000)
-    with pytest.raises(RuntimeError, match="compiling kernels failed: .*float3"):
+    with pytest.raises(RuntimeError, match=r"compiling kernels failed: .*float3"):
         precompile(shapes, Steps((8,), (0,), (False,)), 90, processes=1)
 
 

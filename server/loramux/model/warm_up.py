@@ -37,7 +37,7 @@ def warm_up(
     it goes; others have nothing to do.
 
     compiling(done, total) is called after each kernel that is compiled ahead, progress(done, total) after each pass.
-    Raises OutOfMemoryError if the largest step does not fit, and DeviceLost.
+    Raises DeviceLost, and if the largest step does not fit, what is `out_of_memory` (ops.device).
     """
     backend = model.backend
     if not isinstance(backend, CapturableBackend):
