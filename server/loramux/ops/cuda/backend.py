@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from loramux.errors import StartupError
 from loramux.ops.backend import BoundSegments, Linear, LinearPart
@@ -76,7 +79,10 @@ class TritonBackend(CapturableBackend):
     """
 
     def __init__(self, device: torch.device, *, batch_invariant: bool = False) -> None:
-        """`device` may be the CPU if Triton's interpreter is on (for tests)."""
+        """`device` may be the CPU if Triton's interpreter is on (for tests). Raises StartupError if no kernel can be
+        compiled for it, for want of a place."""
+        if device.type == "cuda":
+            _require_cache()
         self.batch_invariant = batch_invariant
         self.name = "triton, batch invariant" if batch_invariant else "triton"
         self._device = device
@@ -169,3 +175,17 @@ class TritonBackend(CapturableBackend):
 
     def gate(self, both: Tensor) -> Tensor:
         return elementwise.gate(both)
+
+
+def _require_cache() -> None:
+    """Triton writes what it compiles, and what launches it, to its cache on disk, and runs nothing without."""
+    folder = Path(knobs.cache.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StartupError(
+            f"Triton compiles GPU kernels into {folder}, which cannot be written to ({error.strerror}); name another "
+            "folder by TRITON_CACHE_DIR"
+        ) from error
