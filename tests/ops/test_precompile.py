@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from loramux.ops.cuda.linear import Operation
-from loramux.ops.cuda.precompile import Compiled, Shapes, Steps, precompile, steps
+from loramux.ops.cuda.precompile import Compiled, Heads, Shapes, Steps, precompile, steps
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, table 30).
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
@@ -55,6 +55,14 @@ def test_the_corners_fit_the_card(capability: int) -> None:
     assert len([c for c in done if c.kernel == "lora_down"]) == 16  # 64 and 511 rows have one tile
     for compiled in done:
         fits(compiled, capability)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_attention_of_wide_heads_fits_a_small_card(invariant: bool) -> None:
+    """Gemma 4's global heads; two parts of such on their way were 128 KiB."""
+    shapes = Shapes((), (Heads(2, 2, 512),), 64, 0, invariant=invariant)
+    for compiled in precompile(shapes, Steps((8,), (0,), (False,)), 89, processes=1):
+        assert compiled.shared <= SHARED[89], compiled
 
 
 def test_batch_invariant_operations_are_one_kernel_each() -> None:
