@@ -17,6 +17,7 @@ from loramux.serve import DEVICE_LOST_STATUS
 
 from tests.model.tiny import save_tiny
 from tests.patience import PATIENCE
+from tests.server.stack import save_adapter
 
 # Steps of the engine with one of these tokens meet what a device would report.
 NO_MEMORY, LOST = 13, 14
@@ -32,6 +33,10 @@ def forward(self, inputs):
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     return plain(self, inputs)
 CausalLM.forward = forward
+from loramux.lora.adapter import Adapter
+def build(*_, **__):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+Adapter.build = build
 from loramux.cli import main
 main()
 """
@@ -42,6 +47,7 @@ def child(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
     flags = ["--model", str(model), "--device", "cpu", "--dtype", "fp32", "--kv-memory", "1MiB"]
     flags += ["--port", "0", "--admin-port", "0", "--metrics-port", "0", "--ports-file", str(tmp_path / "ports.json")]
+    flags += ["--adapter-dir", str(save_adapter(tmp_path / "adapters" / "a", layers=1).parent)]
     started = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "serve", *flags],
         stderr=subprocess.PIPE,
@@ -82,3 +88,14 @@ def test_no_memory_fails_a_request_and_a_lost_device_ends_the_process(
     assert child.returncode == DEVICE_LOST_STATUS
     assert "an illegal memory access was encountered" in said
     assert "The device has failed; only a new process can use it again." in said
+
+
+def test_a_device_lost_where_an_adapter_is_loaded_ends_the_process(
+    child: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """Where all that is asked for has to be loaded first, no step of the engine's would ever meet the loss."""
+    with Client(public_address(child, tmp_path / "ports.json")) as client, pytest.raises(LoramuxError) as lost:
+        client.generate(token_ids=[5], adapter="a", max_new_tokens=2)
+    assert (lost.value.status, lost.value.reason) == ("INTERNAL", "DEVICE_LOST")
+    child.communicate(timeout=PATIENCE)
+    assert child.returncode == DEVICE_LOST_STATUS

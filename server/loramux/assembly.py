@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +12,10 @@ import torch
 
 from loramux.checks import adapter_roots
 from loramux.config import Settings
-from loramux.engine.loop import AsyncEngine
+from loramux.engine.loop import DEVICE_LOST_TEXT, AsyncEngine
 from loramux.engine.request import Request
 from loramux.engine.settings import EngineSettings
-from loramux.errors import LoramuxError, StartupError
+from loramux.errors import DeviceLost, EngineFault, LoramuxError, StartupError
 from loramux.lora.adapter import Adapter
 from loramux.lora.base import Base
 from loramux.lora.delta import Delta
@@ -35,7 +36,7 @@ from loramux.model.renderer import TemplateRenderer
 from loramux.model.tokenizer import IdsOnly, Tokenizer
 from loramux.model.warm_up import warm_up
 from loramux.ops.cpu.build import wanted_isa, wanted_threads
-from loramux.ops.device import device_errors
+from loramux.ops.device import device_errors, out_of_memory
 from loramux.ops.site import Site
 from loramux.progress import Phases
 from loramux.rpc.ports import ModelInfo
@@ -114,7 +115,9 @@ def prepare_model(settings: Settings, phases: Phases | None = None) -> LoadedMod
             compiling=phases.counting("Compiling GPU kernels"),
             progress=phases.counting("Running each kind of step once"),
         )
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise StartupError(f"--max-batch-tokens: a step of so many tokens does not fit: {error}") from error
     if model.can_capture:
         model.capture_decode_steps(
@@ -175,10 +178,14 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
             ((merged, _),) = loaded.merged.terms
             return AdapterInBase.of(merged, len(model.sites), model.dtype)
         files = read_adapter(folder, model.sites, limits=limits, base=base)
-        return read(lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize, keep=keep))
+        with _losses_told(engine):
+            return read(
+                lambda: Adapter.build(files, model.sites, model.device, model.dtype, model.dequantize, keep=keep)
+            )
 
     def place(adapter: Adapter) -> Adapter:
-        return adapter.place(model.device, keep=keep)
+        with _losses_told(engine):
+            return adapter.place(model.device, keep=keep)
 
     adapters = AdapterManager(
         registry,
@@ -206,6 +213,18 @@ def assemble(settings: Settings, loaded: LoadedModel) -> Application:
     merger = MergeProcess(loaded.place, settings.merge_dir)
     server = Server(settings, Parts(engine, adapters, tokenizer, info, merger))
     return Application(settings, loaded, engine, adapters, server)
+
+
+@contextmanager
+def _losses_told(engine: AsyncEngine) -> Iterator[None]:
+    """Around what other threads than the engine's do on the device: where nothing runs that needs no loading, no step
+    would meet the loss."""
+    try:
+        with device_errors():
+            yield
+    except DeviceLost as error:
+        engine.lose_device(error)
+        raise EngineFault(DEVICE_LOST_TEXT, reason="DEVICE_LOST") from error
 
 
 _leaked: list[Adapter] = []

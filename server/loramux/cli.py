@@ -214,7 +214,15 @@ def demo(
     run(model, adapter_dir, console)
 
 
-_PLANNED = ("dtype", "max_context", "adapter_memory", "kv_memory", "max_batch_tokens", "max_batch_rows")
+_PLANNED = (
+    "dtype",
+    "max_context",
+    "batch_invariant",
+    "adapter_memory",
+    "kv_memory",
+    "max_batch_tokens",
+    "max_batch_rows",
+)
 
 
 @app.command()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from loramux.engine.sampler import Sampled, sample
+from loramux.engine.sequence import Sequence
 from loramux.errors import Cancelled, DeadlineExceeded, EngineFault, Overloaded
+from torch import Tensor
 
 from .fakes import Bench, FakeAdapter, FakeModel, adapter, expected, request
 
@@ -198,6 +203,30 @@ def test_a_device_without_memory_for_a_step_fails_its_requests_only(asynchronous
     bench.submit(later)
     bench.run()
     assert bench.tokens(later) == expected(later.prompt_ids)
+    bench.assert_baseline()
+
+
+def test_rows_that_are_sampled_alone_have_the_memory_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the failed attempt had computed was kept while each row was tried, which then failed as well."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def short(logits: Tensor, seqs: list[Sequence]) -> list[Sampled | None]:
+        if not held:
+            probabilities = logits.softmax(dim=1)
+            held.append(weakref.ref(probabilities))
+            raise torch.OutOfMemoryError("seeded")
+        if held[0]() is not None:
+            raise torch.OutOfMemoryError("the batch's probabilities are still there")
+        return sample(logits, seqs)
+
+    bench = Bench()
+    crowd = [request([1, 2]), request([5])]
+    bench.submit(*crowd)
+    with monkeypatch.context() as patch:
+        patch.setattr("loramux.engine.engine.sample", short)
+        patch.setattr("loramux.engine.engine.log.exception", lambda *_: None)  # pytest keeps what is logged, frames too
+        bench.run()
+    assert [bench.tokens(r) for r in crowd] == [expected([1, 2]), expected([5])]
     bench.assert_baseline()
 
 

@@ -275,6 +275,23 @@ def test_memory_that_was_short_for_a_moment_is_asked_for_again(caplog: pytest.Lo
     assert "seeded" in caplog.text
 
 
+def test_what_a_failed_recording_has_computed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was kept until the end: where memory was short, it became shorter with each graph that failed."""
+    held: list[weakref.ref[Tensor]] = []
+    plain = FakeShortcut.run
+
+    def run(self: FakeShortcut, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        if not held:
+            computed = plain(self, ids, positions, rows)
+            held.append(weakref.ref(computed))
+            raise torch.OutOfMemoryError("seeded")
+        assert held[0]() is None
+        return plain(self, ids, positions, rows)
+
+    monkeypatch.setattr(FakeShortcut, "run", run)
+    assert Scene().graphs.count == 16
+
+
 def test_a_device_that_is_lost_ends_the_recording() -> None:
     with pytest.raises(DeviceLost):
         Scene(faults=[None, torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])

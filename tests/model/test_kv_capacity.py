@@ -13,6 +13,7 @@ from loramux.model import kv_capacity
 from loramux.model.graphs import MEMORY as GRAPHS
 from loramux.ops.site import Site
 from loramux.values import Memory
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 1 << 20
 
@@ -39,7 +40,7 @@ def blocks(device: str, memory: Memory | None, adapters: int = 300 * MIB, rows: 
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_capacity, "step_bytes", lambda model, tokens, rows: 60 * MIB)
+    monkeypatch.setattr(kv_capacity, "step_bytes", lambda model, tokens, rows, **_: 60 * MIB)
     monkeypatch.setattr(kv_capacity, "GRAPHS", 40 * MIB)
 
 
@@ -89,3 +90,39 @@ def test_graphs_are_reckoned_with_where_they_can_be() -> None:
     settings = Settings()
     assert kv_capacity.reserve(model("cuda"), settings).graphs == GRAPHS
     assert kv_capacity.reserve(model("cpu"), settings).graphs == 0
+
+
+@pytest.mark.parametrize("tokens", [512, 8192])
+def test_shares_of_sums_of_many_rows_are_planned_for(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Llama-3-8B's shapes with --batch-invariant: 2.5 GB for a step of 8192 tokens, where 2 GB were planned."""
+    pytest.importorskip("triton")
+    from loramux.ops.cuda import precompile
+    from loramux.ops.cuda.linear import Operation
+    from loramux.ops.cuda.segments import TritonSegments
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for function in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(function, "run", lambda *_, **__: None)
+    llama = model("cuda")
+    llama.sites = (Site(0, "gate", 14_336, 4096), Site(1, "down", 4096, 14_336))
+    planned = kv_capacity.step_bytes(llama, tokens, 0, invariant=True)
+    for operation in (
+        Operation(4096, (4096, 1024, 1024)),
+        Operation(4096, (14_336, 14_336)),
+        Operation(14_336, (4096,)),
+    ):
+        taken: list[int] = []
+
+        class Taken(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                made: torch.Tensor = func(*args, **(kwargs or {}))
+                taken.append(made.nbytes)  # noqa: B023
+                return made
+
+        linear = precompile._linear(operation, precompile.Shapes((operation,), (), 64, 0, invariant=True))
+        x = torch.empty(tokens, operation.inputs, dtype=torch.bfloat16, device="meta")
+        segments = TritonSegments.reserve(1, tokens, 64, x.device, extras=False)
+        with Taken():
+            linear.run(x, segments)
+        assert x.nbytes + sum(taken) <= planned

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loramux.errors import StartupError, UnsupportedModel
+from loramux.errors import DeviceLost, StartupError, UnsupportedModel
 from loramux.model import loading
 from loramux.model.loading import load_model
 from loramux.model.sources import open_source
@@ -126,12 +126,29 @@ def test_heads_that_cannot_be_shared_evenly(tmp_path: Path) -> None:
         assert "3 attention heads cannot share 2 key/value heads" in refused(folder, dtype=dtype)
 
 
-def test_out_of_memory_in_the_self_test_is_told_as_that(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("tried to allocate"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_out_of_memory_in_the_self_test_is_told_as_that(
+    base: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("tried to allocate")
+        raise error
 
     monkeypatch.setattr(loading, "prove_flat", full)
-    assert "memory" in refused(base)
+    assert "ran out of memory" in refused(base)
+
+
+@pytest.mark.parametrize("stage", ["fill", "prove_flat"])
+def test_a_device_that_fails_is_no_fault_of_the_model(base: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """It was told as one, with the exit status that no supervisor tries again after."""
+
+    def lost(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(loading, stage, lost)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        load_model(str(base), dtype="fp32", device="cpu")
 
 
 def test_logits_that_are_not_finite(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,12 @@ from loramux.engine.settings import EngineSettings
 from loramux.model import causal_lm, graphs, warm_up
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.loading import LoadedModel, load_model
+from loramux.ops.cuda import precompile
 from loramux.ops.cuda.backend import TritonBackend
+from loramux.ops.cuda.linear import DENSE_ROWS, Operation
+from loramux.ops.cuda.precompile import Shapes
 from loramux.ops.cuda.sampling import greedy
+from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.segment import Segment
 from loramux.progress import Count, Phases
 from loramux.values import Memory
@@ -136,7 +140,7 @@ def test_a_start_makes_all_ready_before_it_ends(
     assembly.prepare_model(settings, Told(None))
     assert done[-4:] == [
         "Making the KV cache",
-        "precompiled for (1, 2, 4, 5), (16, 32, 64)",
+        "precompiled for (5,), (16, 32, 64)",
         "Running each kind of step once",
         "Capturing decode steps",
     ]
@@ -144,10 +148,38 @@ def test_a_start_makes_all_ready_before_it_ends(
     assert model.graphs.count == model.graphs.captures == 3 * 4
 
 
-def test_the_rows_of_the_passes() -> None:
-    assert warm_up.row_counts(512) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-    assert warm_up.row_counts(65) == (1, 2, 4, 8, 16, 32, 64, 65)
-    assert warm_up.row_counts(1) == (1,)
+@pytest.mark.parametrize("most", [7, 300, 512])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Operation(4096, (4096, 1024, 1024)),
+        Operation(4096, (4096,)),
+        Operation(14_336, (4096,)),
+        Operation(2048, (2048, 512, 512)),
+        Operation(8192, (2048,)),
+        Operation(4864, (896,)),
+    ],
+)
+def test_any_number_of_rows_launches_what_the_passes_did(launches: Launches, operation: Operation, most: int) -> None:
+    """At the shapes of Llama-3-8B, Llama-3.2-1B and Qwen2-0.5B, whose K is cut into shares by the number of tiles."""
+    linear = precompile._linear(operation, Shapes((operation,), (), 64, 0))
+
+    def met(rows: int) -> set[object]:
+        launches.met.clear()
+        x = torch.empty(rows, operation.inputs, dtype=torch.bfloat16, device="meta")
+        linear.run(x, TritonSegments.reserve(1, rows, 16, x.device, extras=False))
+        return set(launches.met)
+
+    counts = TritonBackend(CPU).row_counts(most)
+    assert max(counts) == most
+    ready = set.union(*(met(rows) for rows in counts if rows < DENSE_ROWS))
+    assert len(ready) >= 2
+    assert all(met(rows) <= ready for rows in range(1, min(most + 1, DENSE_ROWS)))
+
+
+def test_the_passes_of_sequences() -> None:
+    assert warm_up.sequence_counts(65) == (1, 2, 4, 8, 16, 32, 64, 65)
+    assert warm_up.sequence_counts(1) == (1,)
 
 
 def test_no_pass_writes_a_key_and_what_is_served_adds_no_graph(

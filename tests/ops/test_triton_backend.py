@@ -164,3 +164,11 @@ def test_batch_invariance_that_cannot_be_had_is_refused(folder: str, tmp_path: P
     with pytest.raises(StartupError, match=r"--batch-invariant: torch \+ bitsandbytes on cpu in fp32"):
         load_model(folder, device="cpu", dtype="fp32", batch_invariant=True)
     assert load_model(folder, device="cpu", dtype="bf16", batch_invariant=True).model.backend.batch_invariant
+
+
+def test_without_a_cache_on_disk_the_model_is_not_blamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Told before the weights are read; it was the self-test's failure after that."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StartupError, match="TRITON_CACHE_DIR"):
+        TritonBackend(torch.device("cuda"))

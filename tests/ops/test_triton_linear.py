@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +21,19 @@ from tests.ops.triton_device import DEVICE, EXAMPLES, sum_all_rows_alike
 pytest.importorskip("triton")
 
 from loramux.ops.backend import LinearPart, SiteSegment
+from loramux.ops.cuda import precompile
 from loramux.ops.cuda import segments as segments_module
-from loramux.ops.cuda.linear import TritonLinear, tiling
+from loramux.ops.cuda.linear import Operation, TritonLinear, tiling
 from loramux.ops.cuda.lookup import NF4_VALUES, lookup_assembly
+from loramux.ops.cuda.precompile import Shapes
 from loramux.ops.cuda.segments import TritonSegments, bind
 from loramux.ops.cuda.tiles import TiledNF4
 from loramux.ops.dense import DenseWeight
 from loramux.ops.nf4 import NF4Weight
 from loramux.ops.reference import ReferenceBackend
 from loramux.ops.segment import AdapterWeights, LoraWeights, Segment
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
 REFERENCE = ReferenceBackend()
 BF16 = torch.bfloat16
@@ -181,6 +186,32 @@ def test_tiles_and_shares_do_not_change_with_the_rows(monkeypatch: pytest.Monkey
     for row in (0, 64, 129):
         assert torch.equal(run(linear, x[row : row + 1], [])[0], got[row])
     assert {tiling(rows, invariant=True) for rows in (1, 8, 64, 500)} == {tiling(1, invariant=True)}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="launches are looked at in the interpreter's place")
+@pytest.mark.parametrize("rows", [1, 64, 128, 200])
+def test_nothing_is_launched_between_an_operations_two_kernels(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The second may begin while the first runs, if it is the next; a fill of zeros once came between."""
+    operation = Operation(4096, (512,))
+    linear = precompile._linear(operation, Shapes((operation,), (), 64, 0, overlap=True))
+    segments = TritonSegments.reserve(1, rows, 16, precompile.META, extras=False)
+    launched: list[str] = []
+
+    class Launched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "empty" not in str(func):
+                launched.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def run(kernel: Any, *args: Any, SPLITS: int, **kwargs: Any) -> None:
+        assert SPLITS > 1
+        launched.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    x = torch.empty(rows, operation.inputs, dtype=torch.bfloat16, device=precompile.META)
+    with Launched():
+        linear.run(x, segments)
+    assert launched[-2:] == ["lora_down", "nf4_linear"]
 
 
 def test_shares_of_the_inputs_add_up() -> None:

@@ -323,10 +323,12 @@ class Engine:
     def _conclude(self, batch: Batch, logits: Tensor) -> None:
         """What comes after the model, for each request by itself."""
         lap = _Laps(self._seconds, self._clock)
+        tokens: list[Sampled | None] | None = None
         try:
             tokens = self._sample(logits, batch.sampled)
         except Exception:
             log.exception("%d rows cannot be sampled together; they are sampled one by one", len(batch.sampled))
+        if tokens is None:  # out of the error's reach, whose frames hold what the device may have no memory for twice
             tokens = [self._sample_alone(logits[i : i + 1], seq) for i, seq in enumerate(batch.sampled)]
         lap("sample")
         self._deliver(batch, tokens)

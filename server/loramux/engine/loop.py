@@ -121,6 +121,14 @@ class AsyncEngine:
         """See EngineClient."""
         self._wake.set()
 
+    def lose_device(self, error: DeviceLost) -> None:
+        """End as if the device had failed in a step: another thread has met that. Any thread may call it."""
+
+        def met() -> None:
+            raise error
+
+        self._post(met)
+
     def stats(self) -> EngineStats:
         """See EngineClient."""
         return self._stats

@@ -328,7 +328,7 @@ class DecodeGraphs:
                     self._launch(rung)
                     self._graphs[rung] = self._recorder.record(lambda: self._launch(rung))
         except RuntimeError as error:
-            failed[rung] = error
+            failed[rung] = error.with_traceback(None)  # whose frames hold what was computed, where memory is short
         else:
             self.captures += 1
             failed.pop(rung, None)

@@ -18,6 +18,9 @@ from loramux.values import Memory
 # Shares of the free memory that are taken when nothing is said. A GPU is the model's own; a CPU's memory is not.
 _AUTO_SHARE = {"cpu": 0.1, "cuda": 0.85}
 
+# Bytes a token, in float32: K is cut into shares until 528 programs of 64 outputs each have one (ops.cuda.linear), so
+# there are less than twice as many.
+_INVARIANT_SHARES = 2 * 528 * 64 * 4
 _LOGITS_COPIES = 3  # as float32, after the rules, as probabilities
 
 
@@ -61,7 +64,7 @@ class Reserve:
 
 def reserve(model: PlannedModel, settings: Settings) -> Reserve:
     """What to keep free for what these settings allow."""
-    step = step_bytes(model, settings.max_batch_tokens, settings.max_batch_rows)
+    step = step_bytes(model, settings.max_batch_tokens, settings.max_batch_rows, invariant=settings.batch_invariant)
     return Reserve(settings.adapter_memory, step, GRAPHS if model.can_capture else 0)
 
 
@@ -131,18 +134,20 @@ def kv_blocks(model: PlannedModel, settings: Settings, block_size: int, free: in
     return blocks
 
 
-def step_bytes(model: PlannedModel, tokens: int, rows: int) -> int:
+def step_bytes(model: PlannedModel, tokens: int, rows: int, *, invariant: bool = False) -> int:
     """An upper bound of what a step of `tokens` tokens, `rows` of which give logits, takes for a while.
 
     Of a layer, the widest inputs and outputs of its linear operations are alive at once, twice with what is made of
-    them, and one weight in 16 bits where many rows make it worth while to dequantize it. Of the logits, the sampler
-    holds some copies in float32.
+    them, and one weight in 16 bits where many rows make it worth while to dequantize it; if `invariant`, none is, but
+    of many rows, too, there are shares of the sums. Of the logits, the sampler holds some copies in float32.
     """
     widest = max(site.in_features + site.out_features for site in model.sites)
     weight = max(site.in_features * site.out_features for site in model.sites)
     size = model.dtype.itemsize
     # Up to three sites (q, k, v) are one operation.
     layer = 3 * (2 * tokens * widest + weight) * size
+    if invariant:
+        layer = max(layer, tokens * (2 * widest * size + _INVARIANT_SHARES))
     logits = rows * model.vocab_size * (size + 4 * _LOGITS_COPIES)
     return layer + logits
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from loramux.errors import LoramuxError, StartupError, UnsupportedModel
+from loramux.ops.device import device_errors
 
 log = logging.getLogger(__name__)
 _LONGEST = 300  # characters of another library's message
@@ -30,10 +31,11 @@ def summary(error: BaseException) -> str:
 
 @contextmanager
 def refusing(sentence: str, error_type: type[StartupError] = UnsupportedModel) -> Iterator[None]:
-    """Raises `error_type` of `sentence` and a summary for every exception but those of loramux's own, which pass. The
-    traceback goes to the log at debug level."""
+    """Raises `error_type` of `sentence` and a summary for every exception but those of loramux's own, which pass, and
+    DeviceLost for what is no fault of the model's. The traceback goes to the log at debug level."""
     try:
-        yield
+        with device_errors():
+            yield
     except LoramuxError:
         raise
     except Exception as error:

@@ -16,6 +16,7 @@ from loramux.errors import StartupError, UnsupportedModel
 from loramux.model.attention import FlatAttentionError
 from loramux.model.causal_lm import CausalLM, flat_inputs
 from loramux.model.refusal import refusing
+from loramux.ops.device import out_of_memory
 
 BLOCK = 4  # tokens of a KV block until the cache proper is allocated
 
@@ -32,7 +33,7 @@ def driven_flat(model: CausalLM) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(cause, FlatAttentionError):
             raise UnsupportedModel(f"{name}: {cause}; it cannot be driven flat") from cause
-        if isinstance(cause, torch.OutOfMemoryError | MemoryError):
+        if isinstance(cause, MemoryError) or (cause is not None and out_of_memory(cause)):
             raise StartupError(
                 f"{name}: {model.device} ran out of memory in the first short passes; take a smaller model, a larger "
                 "device, or give up what else runs there"

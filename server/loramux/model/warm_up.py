@@ -37,12 +37,12 @@ def warm_up(
     it goes; others have nothing to do.
 
     compiling(done, total) is called after each kernel that is compiled ahead, progress(done, total) after each pass.
-    Raises OutOfMemoryError if the largest step does not fit, and DeviceLost.
+    Raises DeviceLost, and if the largest step does not fit, what is `out_of_memory` (ops.device).
     """
     backend = model.backend
     if not isinstance(backend, CapturableBackend):
         return
-    rows = row_counts(max_tokens)
+    rows = backend.row_counts(max_tokens)
     backend.precompile(rows, RANKS, compiling)
     passes = list(_passes(backend, rows, max_rows))
     with device_errors():
@@ -54,8 +54,8 @@ def warm_up(
             torch.cuda.synchronize(model.device)
 
 
-def row_counts(most: int) -> tuple[int, ...]:
-    """The powers of two below `most`, between which tiles and shares of K change, and `most` itself."""
+def sequence_counts(most: int) -> tuple[int, ...]:
+    """The powers of two below `most`, at which the number of parts of a context changes, and `most` itself."""
     return (*(1 << i for i in range((most - 1).bit_length())), most)
 
 
@@ -67,7 +67,7 @@ def _passes(
     def nothing() -> BoundSegments:
         return backend.bind(())
 
-    for sequences in row_counts(max_rows):
+    for sequences in sequence_counts(max_rows):
         yield list(range(sequences + 1)), nothing
     for count in rows:
         yield [0, count], nothing

@@ -102,6 +102,10 @@ class CapturableBackend(FusingBackend):
     def rebind(self, segments: tuple[Segment, ...], into: BoundSegments) -> None:
         """Put `segments` in the place of those that `into`, from `reserve_segments`, holds. They must fit."""
 
+    @abstractmethod
+    def row_counts(self, most: int) -> tuple[int, ...]:
+        """Numbers of rows up to `most`, such that a step of any other number up to `most` asks for no other kernel."""
+
     def precompile(self, rows: Sequence[int], ranks: Sequence[int], progress: Callable[[int, int], None]) -> None:
         """Make the kernels ready that steps of so many rows take, alone and with adapters of so many ranks, where the
         passes that run each of them next (`model.warm_up`) would do so one after another. Need not do anything.

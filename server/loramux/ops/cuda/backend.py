@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from loramux.errors import StartupError
 from loramux.ops.backend import BoundSegments, Linear, LinearPart
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import Operation, TritonLinear, can_overlap
-from loramux.ops.cuda.precompile import Heads, Shapes, Steps, compiled_before, precompile, steps
+from loramux.ops.cuda.linear import DENSE_ROWS, Operation, TritonLinear, can_overlap, row_counts
+from loramux.ops.cuda.precompile import Heads, Shapes, compiled_before, precompile, steps
 from loramux.ops.cuda.segments import TritonSegments, bind
 from loramux.ops.fused import CapturableBackend, FusedLinear, LayerOperations
 from loramux.ops.grouped import GroupedBackend
@@ -76,7 +79,10 @@ class TritonBackend(CapturableBackend):
     """
 
     def __init__(self, device: torch.device, *, batch_invariant: bool = False) -> None:
-        """`device` may be the CPU if Triton's interpreter is on (for tests)."""
+        """`device` may be the CPU if Triton's interpreter is on (for tests). Raises StartupError if no kernel can be
+        compiled for it, for want of a place."""
+        if device.type == "cuda":
+            _require_cache()
         self.batch_invariant = batch_invariant
         self.name = "triton, batch invariant" if batch_invariant else "triton"
         self._device = device
@@ -106,13 +112,16 @@ class TritonBackend(CapturableBackend):
         self._vocabulary, self._dtype = weight.shape[0], weight.dtype
         return DenseLinear(weight, bias, invariant=self.batch_invariant)
 
+    def row_counts(self, most: int) -> tuple[int, ...]:
+        return row_counts(most, invariant=self.batch_invariant)
+
     def precompile(self, rows: Sequence[int], ranks: Sequence[int], progress: Callable[[int, int], None]) -> None:
         """In parallel processes, the kernels of the operations that were prepared; all but the first start on a
         machine find them on disk, and begin no process."""
         if self._device.type != "cuda" or not self._operations:
             return
         every = steps(max(ranks, default=0), invariant=self.batch_invariant)
-        wanted = Steps(tuple(n for n in every.rows if n <= max(rows)) or every.rows[:1], every.ranks, every.extras)
+        wanted = every._replace(rows=tuple(n for n in rows if n < DENSE_ROWS or self.batch_invariant))
         shapes = Shapes(
             operations=tuple(sorted(self._operations)),
             attentions=tuple(self._attentions),
@@ -166,3 +175,17 @@ class TritonBackend(CapturableBackend):
 
     def gate(self, both: Tensor) -> Tensor:
         return elementwise.gate(both)
+
+
+def _require_cache() -> None:
+    """Triton writes what it compiles, and what launches it, to its cache on disk, and runs nothing without."""
+    folder = Path(knobs.cache.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StartupError(
+            f"Triton compiles GPU kernels into {folder}, which cannot be written to ({error.strerror}); name another "
+            "folder by TRITON_CACHE_DIR"
+        ) from error

@@ -86,6 +86,15 @@ def tiling(rows: int, *, invariant: bool) -> Tiling:
     return Tiling(64, 128, 4, 3, 1, 132)
 
 
+def row_counts(most: int, *, invariant: bool) -> tuple[int, ...]:
+    """Numbers of rows up to `most`, such that any other one launches the kernels of one of these: the last of each
+    tiling, and of each number of tiles of 128 rows, which decides into how many shares K is cut."""
+    if invariant:
+        return (most,)
+    last = (8, 16, 32, 64, *range(128, DENSE_ROWS, 128), DENSE_ROWS - 1)
+    return (*(rows for rows in last if rows < most), most)
+
+
 @dataclass(frozen=True, slots=True)
 class DownTiling:
     """Ranks, rows and inputs of a tile of lora_down's, and the loads it keeps in flight; four warps."""
@@ -208,16 +217,18 @@ class TritonLinear(FusedLinear):
         row_tiles, places = -(-rows // shape.rows), self._places(shape.outputs)
         splits = self._splits(places * (1 if self._invariant else row_tiles), shape.programs)
         lora = segments.capacity > 0 and segments.max_rank > 0
+        arrivals = self._arrivals
+        if splits > 1 and row_tiles > 1:
+            # Before lora_down: whatever is launched between the two would keep them from running side by side.
+            arrivals = torch.zeros(places * row_tiles, dtype=torch.int32, device=x.device)
         items, h = self._sites, tiled.offsets
         if lora:
             items, h = self._down(x, segments)
-        partial, arrivals = tiled.offsets, self._arrivals
+        partial = tiled.offsets
         if splits > 1:
             partial = torch.empty(
                 places * row_tiles * splits * shape.outputs * shape.rows, dtype=torch.float32, device=x.device
             )
-            if row_tiles > 1:
-                arrivals = torch.zeros(places * row_tiles, dtype=torch.int32, device=x.device)
         nf4_linear[(places * splits * row_tiles,)](
             x,
             y,

@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from loramux.ops.cuda import elementwise
 from loramux.ops.cuda.attention import attention
 from loramux.ops.cuda.dense import DenseLinear
-from loramux.ops.cuda.linear import DENSE_ROWS, MANY_SEGMENTS, Operation, TritonLinear
+from loramux.ops.cuda.linear import DENSE_ROWS, MANY_SEGMENTS, Operation, TritonLinear, row_counts
 from loramux.ops.cuda.sampling import greedy
 from loramux.ops.cuda.segments import TritonSegments
 from loramux.ops.cuda.tiles import TiledNF4
@@ -101,11 +101,12 @@ class Steps(NamedTuple):
 
 
 def steps(max_rank: int, *, invariant: bool) -> Steps:
-    """All that a server with adapters up to `max_rank` can meet: one number of rows for each tile and each split."""
-    rows = (64,) if invariant else (8, 16, 32, 64, *range(128, DENSE_ROWS, 128), DENSE_ROWS - 1)
+    """All that a server with adapters up to `max_rank` can meet."""
     # One rank for each tile of lora_down's, and of B's.
     ranks = tuple(rank for rank in (16, 32, 64) if rank < max_rank)
-    return Steps(rows, (0, *ranks, max_rank) if max_rank else (0,), (False, True))
+    return Steps(
+        row_counts(DENSE_ROWS - 1, invariant=invariant), (0, *ranks, max_rank) if max_rank else (0,), (False, True)
+    )
 
 
 class Compiled(NamedTuple):
@@ -146,12 +147,15 @@ def precompile(
     with contextlib.ExitStack() as stack:
         running = []
         for index in range(processes):
+            # No pipe, which one that fails may fill (a compiler prints all that it could not compile) while nobody
+            # reads it.
+            said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             process = stack.enter_context(
                 subprocess.Popen(  # noqa: S603
                     command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
+                    stderr=said,
                     text=True,
                     env=environment,
                 )
@@ -160,11 +164,10 @@ def precompile(
             assert process.stdin is not None
             process.stdin.write(json.dumps({**request, "share": [index, processes]}))
             process.stdin.close()
-            running.append(process)
+            running.append((process, said))
         done: list[Compiled] = []
-        for process in running:
+        for process, said in running:
             assert process.stdout is not None
-            assert process.stderr is not None
             for line in process.stdout:
                 values = json.loads(line)
                 total = values.pop("of")
@@ -172,7 +175,9 @@ def precompile(
                 tell(done[-1])
                 progress(len(done), total)
             if process.wait() != 0:
-                raise RuntimeError(f"compiling kernels failed: {process.stderr.read().strip()[-2000:]}")
+                said.seek(0)
+                words = said.read().strip()[-2000:] or f"a process ended with status {process.returncode}"
+                raise RuntimeError(f"compiling kernels failed: {words}")
     return done
 
 
