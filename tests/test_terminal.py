@@ -158,7 +158,16 @@ def test_errors_are_one_line_and_never_a_traceback(error: Exception, monkeypatch
     assert not [command for command in COMMANDS if command in printed]
 
 
-@pytest.mark.parametrize("words", [["adapters", "list", HOSTILE], ["generate", "x", "--mix", HOSTILE], [HOSTILE]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapters", "list", HOSTILE],
+        ["generate", "x", "--mix", HOSTILE],
+        ["generate", "x", "--mix", ""],  # the base answered
+        ["adapters", "merge", "a", "--output", "b", "--mix", ""],
+        [HOSTILE],
+    ],
+)
 def test_words_that_are_not_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     err = Out(tty=False)
     monkeypatch.setattr(sys, "stderr", err)

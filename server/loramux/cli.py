@@ -62,6 +62,9 @@ ApiKey = Annotated[
 AdminKey = Annotated[
     str | None, typer.Option("--admin-key", envvar="LORAMUX_ADMIN_KEY", help="Admin token, if the server has one.")
 ]
+Mix = Annotated[
+    str | None, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.", metavar="NAME=WEIGHT,...")
+]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 
@@ -258,7 +261,7 @@ def _parsed(kind: values.Kind, flag: str, given: str) -> Any:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to send; - reads it from standard input.")],
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter's name; empty is the base model.")] = "",
-    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    mix: Mix = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -282,7 +285,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     given: dict[str, Any] = {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
-    given |= {"mix": _mix(mix)} if mix else {}
+    given |= {"mix": _mix(mix)} if mix is not None else {}
     given |= {"seed": seed} if seed is not None else {}
     started = time.monotonic()
     with Client(target, api_key=api_key) as client:
@@ -312,12 +315,13 @@ def generate(
 
 
 def _mix(text: str) -> dict[str, float]:
+    """The weights by name. Raises typer.BadParameter, also for an empty text: nothing is ever meant by it."""
     weights: dict[str, float] = {}
     for item in text.split(","):
-        name, equals, weight = item.partition("=")
+        name, _, weight = item.partition("=")
         name = name.strip()
         try:
-            number = float(weight) if equals else 1.0
+            number = float(weight)
         except ValueError:
             number = math.nan
         if not name or not math.isfinite(number):
@@ -332,7 +336,7 @@ def _mix(text: str) -> dict[str, float]:
 def merge(
     out: Annotated[Path, typer.Option(help="New folder for the dense model.")],
     name: Annotated[str, typer.Argument(help="The adapter's name: its folder under a root.")] = "",
-    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    mix: Mix = None,
     dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
     model: Annotated[str, typer.Option(help="Base model, as for `serve`.")] = "smollm2",
     adapter_dir: Annotated[
@@ -355,11 +359,11 @@ def merge(
     from loramux.progress import bar
     from loramux.tables import merge_table
 
-    if bool(name) == bool(mix):
+    if bool(name) == (mix is not None):
         raise typer.BadParameter("give an adapter's name or --mix, one of the two", param_hint="NAME")
     if dtype not in ("bf16", "fp16", "fp32"):
         raise typer.BadParameter(f"{dtype!r} is none of bf16, fp16 and fp32", param_hint="--dtype")
-    weights = _mix(mix) if mix else {name: 1.0}
+    weights = {name: 1.0} if mix is None else _mix(mix)
     roots = AdapterRoots(adapter_dir or [Path("adapters")])
     ingredients = [Ingredient(n, roots.resolve(n), weight) for n, weight in weights.items()]
     with heavy_imports():
@@ -466,7 +470,7 @@ def adapters_unload(
 def adapters_merge(
     output: Annotated[str, typer.Option(help="New folder under the server's --merge-dir.")],
     name: Annotated[str, typer.Argument(help="The adapter's name.")] = "",
-    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    mix: Mix = None,
     dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
     admin: Admin = "127.0.0.1:50052",
     admin_key: AdminKey = None,
@@ -477,7 +481,7 @@ def adapters_merge(
     from loramux.progress import bar
 
     with AdminClient(admin, api_key=admin_key) as client, bar(errors, f"Merging {name or mix}") as progress:
-        for step in client.merge(name, output=output, dtype=dtype, mix=_mix(mix) if mix else None):
+        for step in client.merge(name, output=output, dtype=dtype, mix=None if mix is None else _mix(mix)):
             if not isinstance(step, Merged):
                 progress(step.done, step.total)
                 continue
