@@ -224,7 +224,7 @@ _PLANNED = ("dtype", "max_context", "adapter_memory", "kv_memory", "max_batch_to
 @partial(_with_settings, names=_PLANNED)
 def plan(
     settings: config.Settings,
-    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's folder, or its config.json alone.")],
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's folder or config.json, or smollm2.")],
     gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU, e.g. 24GiB.", metavar="SIZE")],
     rank: Annotated[str, typer.Option(help="Rank of the adapters to count, on all linear layers.")] = "16",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -235,7 +235,7 @@ def plan(
 
     Example: loramux plan ./Llama-3-8B/config.json --gpu-memory 24GiB --max-context 8192
     """
-    size = _parsed(values.SIZE, "--gpu-memory", gpu_memory)
+    size = _parsed(values.MEMORY_SIZE, "--gpu-memory", gpu_memory)
     of_rank = _parsed(values.integer("RANK", 1, 4096), "--rank", rank)
     _require_server()
     from loramux.plan import plan
