@@ -191,7 +191,7 @@ def serve(
 
       loramux serve --model ./Llama-3-8B --device cuda --adapter-memory 4GiB --host 0.0.0.0
 
-    Every flag can be given as LORAMUX_… in the environment or in the --config file.
+    Every flag can be given as LORAMUX_… in the environment (commas between several values) or in the --config file.
     """
     _require_server()
     from loramux.serve import run
