@@ -29,7 +29,7 @@ import typer
 from rich.text import Text
 
 from loramux import config, logs, values
-from loramux.errors import LoramuxError, StartupError
+from loramux.errors import LoramuxError, StartupError, Unauthenticated, WrongScope
 from loramux.escaping import escape
 from loramux.importing import heavy_imports
 from loramux.terminal import Terminal, generated, sentence
@@ -52,6 +52,8 @@ console = Terminal()
 errors = Terminal(stderr=True)
 
 log = logging.getLogger(__name__)
+# How a token is given, by the scope of the port that refuses it.
+_TOKENS = {"public": " (--api-key or LORAMUX_API_KEY)", "admin": " (--admin-key or LORAMUX_ADMIN_KEY)"}
 _LOG_LEVEL = config.ENV_PREFIX + "LOG_LEVEL"
 
 Target = Annotated[str, typer.Option("--target", envvar="LORAMUX_TARGET", help="Public address of the server.")]
@@ -84,7 +86,10 @@ def main() -> None:
         request_id = error.metadata.get("request_id", "")
         # By it an operator finds the rest in the server's log.
         shown = f", request {request_id}" if request_id and error.status == "INTERNAL" else ""
-        _fail(f"{error.message} [{error.status} {error.reason}{shown}]")
+        # What goes into the header is given in another way here.
+        of_token = isinstance(error, Unauthenticated | WrongScope)
+        given_by = _TOKENS.get(error.metadata.get("scope", ""), "") if of_token else ""
+        _fail(f"{error.message}{given_by} [{error.status} {error.reason}{shown}]")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

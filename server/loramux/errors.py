@@ -142,14 +142,15 @@ class PathNotAllowed(LoramuxError):
 
 
 class WrongScope(LoramuxError):
-    """A valid token on the wrong port: the public one on the admin port, or the other way round."""
+    """A valid token on the wrong port: the public one on the admin port, or the other way round. metadata: see
+    Unauthenticated."""
 
     status = "PERMISSION_DENIED"
     reason = "WRONG_SCOPE"
 
 
 class Unauthenticated(LoramuxError):
-    """No bearer token, or a wrong one."""
+    """No bearer token, or a wrong one. metadata["scope"] is the port that was asked, public or admin."""
 
     status = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
