@@ -94,8 +94,37 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, EIGHT, "--gpu-memory", "24GiB") == 0
     shown = capsys.readouterr().out
-    for part in ("8030.3 M parameters", "4.127 bits each", "12 fit at once: 80.0 MiB each of rank 16", "sequences of"):
+    for part in (
+        "8030.3 M parameters",
+        "4.127 bits each",
+        "12 adapters at once: 80.0 MiB each of rank 1",
+        "sequences of",
+    ):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--max-context", "80000"), "13 sequences of 8,192, the model's most (--max-context 80,000)"),
+        (("--max-context", "8192", "--kv-memory", "1100MiB"), "1 sequence of 8,192 (--max-context)"),
+        (("--kv-memory", "2GiB"), "--kv-memory takes no more"),
+        (("--max-batch-rows", "1"), "--max-batch-rows lets no more be used"),
+        ((), "a margin of 15% of what the KV cache could take (--kv-memory)"),
+    ],
+)
+def test_the_table_explains_what_is_cut_and_what_is_left(
+    words: tuple[str, ...], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, EIGHT, "--gpu-memory", "24GiB", *words) == 0
+    assert part in capsys.readouterr().out
+
+
+def test_the_embedded_models_name_is_a_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As it is for --model."""
+    (tmp_path / "config.json").write_text((CONFIGS / "llama-3.2-1b.json").read_text())
+    monkeypatch.setattr("loramux.model.outline.ensure_embedded", lambda name, convert: tmp_path)
+    assert outline("smollm2").facts.parameters == PUBLISHED["llama-3.2-1b"][0]
 
 
 def test_the_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], eight: Outline) -> None:
@@ -123,6 +152,7 @@ def test_what_does_not_fit_is_a_sentence_and_status_1(
     ("words", "sentence"),
     [
         ((EIGHT, "--gpu-memory", "much"), "error: --gpu-memory: 'much' is not allowed; give a size such as 512MiB"),
+        ((EIGHT, "--gpu-memory", "24"), "'24' is not allowed; give it a unit, such as 24GiB: 24 alone is a number of"),
         ((EIGHT, "--gpu-memory", "1GiB", "--rank", "0"), "error: --rank: '0' is not allowed; give a whole number from"),
         ((EIGHT, "--gpu-memory", "1GiB", "--kv-memory", "x"), "error: --kv-memory: 'x' is not allowed; give a size"),
         (("/no/where", "--gpu-memory", "1GiB"), "error: /no/where: there is no such file, or no config.json in it"),

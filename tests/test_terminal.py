@@ -18,7 +18,7 @@ from loramux import cli
 from loramux.answers import Adapter
 from loramux.config import Settings
 from loramux.demo import Answer, Case, _table
-from loramux.errors import InvalidRequest, StartupError
+from loramux.errors import InvalidRequest, LoramuxError, StartupError, Unauthenticated, WrongScope
 from loramux.merge_report import LayerError, MergeReport
 from loramux.rpc.server import Addresses
 from loramux.tables import adapters_table, merge_table, startup_table
@@ -158,7 +158,32 @@ def test_errors_are_one_line_and_never_a_traceback(error: Exception, monkeypatch
     assert not [command for command in COMMANDS if command in printed]
 
 
-@pytest.mark.parametrize("words", [["adapters", "list", HOSTILE], ["generate", "x", "--mix", HOSTILE], [HOSTILE]])
+@pytest.mark.parametrize("error", [Unauthenticated, WrongScope])
+@pytest.mark.parametrize(
+    ("scope", "options"), [("public", "--api-key or LORAMUX_API_KEY"), ("admin", "--admin-key or LORAMUX_ADMIN_KEY")]
+)
+def test_a_refused_token_names_the_options_that_give_it(
+    error: type[LoramuxError], scope: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> Any:
+        raise error("the port asks for a token", metadata={"scope": scope})
+
+    monkeypatch.setattr(sys, "stderr", err := Out(tty=False))
+    monkeypatch.setattr("loramux.client.AdminClient", fails)
+    assert run(monkeypatch, "adapters", "list") == 1
+    assert f"the port asks for a token ({options}) [{error.status}" in err.text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapters", "list", HOSTILE],
+        ["generate", "x", "--mix", HOSTILE],
+        ["generate", "x", "--mix", ""],  # the base answered
+        ["adapters", "merge", "a", "--output", "b", "--mix", ""],
+        [HOSTILE],
+    ],
+)
 def test_words_that_are_not_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     err = Out(tty=False)
     monkeypatch.setattr(sys, "stderr", err)

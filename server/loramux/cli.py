@@ -29,7 +29,7 @@ import typer
 from rich.text import Text
 
 from loramux import config, logs, values
-from loramux.errors import LoramuxError, StartupError
+from loramux.errors import LoramuxError, StartupError, Unauthenticated, WrongScope
 from loramux.escaping import escape
 from loramux.importing import heavy_imports
 from loramux.terminal import Terminal, generated, sentence
@@ -52,6 +52,8 @@ console = Terminal()
 errors = Terminal(stderr=True)
 
 log = logging.getLogger(__name__)
+# How a token is given, by the scope of the port that refuses it.
+_TOKENS = {"public": " (--api-key or LORAMUX_API_KEY)", "admin": " (--admin-key or LORAMUX_ADMIN_KEY)"}
 _LOG_LEVEL = config.ENV_PREFIX + "LOG_LEVEL"
 
 Target = Annotated[str, typer.Option("--target", envvar="LORAMUX_TARGET", help="Public address of the server.")]
@@ -61,6 +63,9 @@ ApiKey = Annotated[
 ]
 AdminKey = Annotated[
     str | None, typer.Option("--admin-key", envvar="LORAMUX_ADMIN_KEY", help="Admin token, if the server has one.")
+]
+Mix = Annotated[
+    str | None, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.", metavar="NAME=WEIGHT,...")
 ]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
@@ -81,7 +86,10 @@ def main() -> None:
         request_id = error.metadata.get("request_id", "")
         # By it an operator finds the rest in the server's log.
         shown = f", request {request_id}" if request_id and error.status == "INTERNAL" else ""
-        _fail(f"{error.message} [{error.status} {error.reason}{shown}]")
+        # What goes into the header is given in another way here.
+        of_token = isinstance(error, Unauthenticated | WrongScope)
+        given_by = _TOKENS.get(error.metadata.get("scope", ""), "") if of_token else ""
+        _fail(f"{error.message}{given_by} [{error.status} {error.reason}{shown}]")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -188,7 +196,7 @@ def serve(
 
       loramux serve --model ./Llama-3-8B --device cuda --adapter-memory 4GiB --host 0.0.0.0
 
-    Every flag can be given as LORAMUX_… in the environment or in the --config file.
+    Every flag can be given as LORAMUX_… in the environment (commas between several values) or in the --config file.
     """
     _require_server()
     from loramux.serve import run
@@ -229,7 +237,7 @@ _PLANNED = (
 @partial(_with_settings, names=_PLANNED)
 def plan(
     settings: config.Settings,
-    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's folder, or its config.json alone.")],
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's folder or config.json, or smollm2.")],
     gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU, e.g. 24GiB.", metavar="SIZE")],
     rank: Annotated[str, typer.Option(help="Rank of the adapters to count, on all linear layers.")] = "16",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -240,7 +248,7 @@ def plan(
 
     Example: loramux plan ./Llama-3-8B/config.json --gpu-memory 24GiB --max-context 8192
     """
-    size = _parsed(values.SIZE, "--gpu-memory", gpu_memory)
+    size = _parsed(values.MEMORY_SIZE, "--gpu-memory", gpu_memory)
     of_rank = _parsed(values.integer("RANK", 1, 4096), "--rank", rank)
     _require_server()
     from loramux.plan import plan
@@ -266,7 +274,7 @@ def _parsed(kind: values.Kind, flag: str, given: str) -> Any:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to send; - reads it from standard input.")],
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Adapter's name; empty is the base model.")] = "",
-    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    mix: Mix = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -290,7 +298,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     given: dict[str, Any] = {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
-    given |= {"mix": _mix(mix)} if mix else {}
+    given |= {"mix": _mix(mix)} if mix is not None else {}
     given |= {"seed": seed} if seed is not None else {}
     started = time.monotonic()
     with Client(target, api_key=api_key) as client:
@@ -320,12 +328,13 @@ def generate(
 
 
 def _mix(text: str) -> dict[str, float]:
+    """The weights by name. Raises typer.BadParameter, also for an empty text: nothing is ever meant by it."""
     weights: dict[str, float] = {}
     for item in text.split(","):
-        name, equals, weight = item.partition("=")
+        name, _, weight = item.partition("=")
         name = name.strip()
         try:
-            number = float(weight) if equals else 1.0
+            number = float(weight)
         except ValueError:
             number = math.nan
         if not name or not math.isfinite(number):
@@ -340,7 +349,7 @@ def _mix(text: str) -> dict[str, float]:
 def merge(
     out: Annotated[Path, typer.Option(help="New folder for the dense model.")],
     name: Annotated[str, typer.Argument(help="The adapter's name: its folder under a root.")] = "",
-    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    mix: Mix = None,
     dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
     model: Annotated[str, typer.Option(help="Base model, as for `serve`.")] = "smollm2",
     adapter_dir: Annotated[
@@ -363,11 +372,11 @@ def merge(
     from loramux.progress import bar
     from loramux.tables import merge_table
 
-    if bool(name) == bool(mix):
+    if bool(name) == (mix is not None):
         raise typer.BadParameter("give an adapter's name or --mix, one of the two", param_hint="NAME")
     if dtype not in ("bf16", "fp16", "fp32"):
         raise typer.BadParameter(f"{dtype!r} is none of bf16, fp16 and fp32", param_hint="--dtype")
-    weights = _mix(mix) if mix else {name: 1.0}
+    weights = {name: 1.0} if mix is None else _mix(mix)
     roots = AdapterRoots(adapter_dir or [Path("adapters")])
     ingredients = [Ingredient(n, roots.resolve(n), weight) for n, weight in weights.items()]
     with heavy_imports():
@@ -474,7 +483,7 @@ def adapters_unload(
 def adapters_merge(
     output: Annotated[str, typer.Option(help="New folder under the server's --merge-dir.")],
     name: Annotated[str, typer.Argument(help="The adapter's name.")] = "",
-    mix: Annotated[str, typer.Option(help="Several adapters with weights, e.g. sql=0.7,json=0.3.")] = "",
+    mix: Mix = None,
     dtype: Annotated[str, typer.Option(help="Type of the merged weights.", metavar="bf16|fp16|fp32")] = "bf16",
     admin: Admin = "127.0.0.1:50052",
     admin_key: AdminKey = None,
@@ -485,7 +494,7 @@ def adapters_merge(
     from loramux.progress import bar
 
     with AdminClient(admin, api_key=admin_key) as client, bar(errors, f"Merging {name or mix}") as progress:
-        for step in client.merge(name, output=output, dtype=dtype, mix=_mix(mix) if mix else None):
+        for step in client.merge(name, output=output, dtype=dtype, mix=None if mix is None else _mix(mix)):
             if not isinstance(step, Merged):
                 progress(step.done, step.total)
                 continue

@@ -154,12 +154,12 @@ class Settings:
         ),
     )
     adapter_memory: int = field(
-        default=1 << 30, metadata=_is(values.SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
+        default=1 << 30, metadata=_is(values.MEMORY_SIZE, "Most memory of adapters on the device, e.g. 512MiB.")
     )
     adapter_host_memory: int = field(
         default=1 << 30,
         metadata=_is(
-            values.SIZE_OR_NONE,
+            values.MEMORY_SIZE_OR_NONE,
             "Most host memory of adapters that were put out of the device's; 0 keeps none. On a GPU copies of those "
             "that are on the device come on top.",
         ),

@@ -105,14 +105,11 @@ class AdapterNotFound(LoramuxError):
     reason = "ADAPTER_NOT_FOUND"
 
     def __init__(self, name: str, *, hint: str = "", message: str = "") -> None:
-        """`hint`: what else is known, as a sentence; `message`: the whole text, where a server has written it."""
+        """`hint`: what is known of the name, in place of where to look for names; `message`: the whole text, where a
+        server has written it."""
         name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
-        super().__init__(
-            message
-            or f"adapter {name!r} is not loaded; {hint + '; ' if hint else ''}`loramux adapters list` shows the names "
-            "that are, and an empty adapter name asks for the base model",
-            metadata={"adapter": name},
-        )
+        hint = hint or "`loramux adapters list` shows those there are, and an empty name asks for the base model"
+        super().__init__(message or f"there is no adapter {name!r}; {hint}", metadata={"adapter": name})
         self.name = name
 
 
@@ -145,14 +142,15 @@ class PathNotAllowed(LoramuxError):
 
 
 class WrongScope(LoramuxError):
-    """A valid token on the wrong port: the public one on the admin port, or the other way round."""
+    """A valid token on the wrong port: the public one on the admin port, or the other way round. metadata: see
+    Unauthenticated."""
 
     status = "PERMISSION_DENIED"
     reason = "WRONG_SCOPE"
 
 
 class Unauthenticated(LoramuxError):
-    """No bearer token, or a wrong one."""
+    """No bearer token, or a wrong one. metadata["scope"] is the port that was asked, public or admin."""
 
     status = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"

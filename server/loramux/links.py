@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from loramux import errors
+from loramux.arguments import check_names
 from loramux.rpc import status
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 class Connection(TypedDict, total=False):
     """How to connect. `timeout`: seconds, for calls that are given none. `tls` trusts the machine's authorities,
-    or those in `root_certificates` (PEM)."""
+    or those in `root_certificates`: the bytes of a PEM file."""
 
     api_key: str | None
     timeout: float | None
@@ -32,9 +33,14 @@ class Connection(TypedDict, total=False):
 
 
 class Link:
-    """What the four clients share: an address, a token, a default timeout, and the translation of errors."""
+    """What the four clients share: an address, a token, a default timeout, and the translation of errors.
+
+    Raises TypeError for an argument that Connection does not have: ignored, a misspelt `tls` would send the token in
+    plain text.
+    """
 
     def __init__(self, address: str, how: Connection) -> None:
+        check_names(how, Connection.__annotations__)
         self.address = address
         self._timeout = how.get("timeout")
         key = how.get("api_key")
@@ -42,6 +48,9 @@ class Link:
             raise errors.InvalidRequest("api_key", "must be of visible ASCII characters; a header can hold no others")
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         roots = how.get("root_certificates")
+        if not isinstance(roots, bytes | None):
+            got = type(roots).__name__
+            raise TypeError(f"root_certificates takes the bytes of a PEM file (Path(...).read_bytes()), got {got}")
         self._credentials = grpc.ssl_channel_credentials(roots) if how.get("tls") or roots else None
         self._options: list[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", -1),

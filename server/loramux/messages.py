@@ -21,7 +21,6 @@ from loramux.answers import (
     Merging,
     Model,
     Result,
-    Sampling,
     Started,
     StreamEvent,
     Timings,
@@ -29,6 +28,7 @@ from loramux.answers import (
     Usage,
     UsedAdapter,
 )
+from loramux.arguments import check_names
 from loramux.errors import InvalidRequest
 from loramux.v1 import adapters_pb2, generation_pb2
 
@@ -41,6 +41,7 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
     Raises TypeError for arguments that do not exist or do not go together, InvalidRequest for values that no
     message can hold (a negative n).
     """
+    check_names(given, Generation.__annotations__)
     message = generation_pb2.GenerateRequest()
     _put_input(message, prompt, given.get("messages"), given.get("token_ids"))
     _put_mix(message, given.get("mix"))
@@ -49,11 +50,9 @@ def generate_request(prompt: str | None, given: Generation) -> generation_pb2.Ge
             continue
         if name in ("adapter", "request_id", "cache_salt", "priority", "parse_special"):
             _put(message, name, name, value)
-        elif name in Sampling.__annotations__:
+        else:
             one_stop = name == "stop" and isinstance(value, str)
             _put(message.sampling, name, f"sampling.{name}", [value] if one_stop else value)
-        else:
-            raise TypeError(f"there is no argument {name!r}")
     return message
 
 
@@ -127,6 +126,8 @@ def _put_mix(
 ) -> None:
     if not isinstance(mix, Mapping | None):
         raise InvalidRequest("mix", f"must be a mapping of adapters' names to weights, got {_short(mix)}")
+    if mix is not None and not mix:  # in the message it would be as if none was asked for
+        raise InvalidRequest("mix", "is empty; name the adapters and their weights, or leave it out")
     for i, (name, weight) in enumerate((mix or {}).items()):
         part = message.mix.add()
         _put(part, "adapter", f"mix[{i}].adapter", name)

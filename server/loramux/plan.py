@@ -9,7 +9,7 @@ from loramux.engine.settings import EngineSettings
 from loramux.errors import TooLittleMemory
 from loramux.lora.layout import Factors, lay_out
 from loramux.model.causal_lm import ModelFacts
-from loramux.model.kv_capacity import kv_blocks, least_kv_blocks, most_kv_blocks, reserve, room_for_one
+from loramux.model.kv_capacity import kv_blocks, kv_memory, least_kv_blocks, most_kv_blocks, reserve, room_for_one
 from loramux.model.outline import Outline, outline
 from loramux.tables import size
 
@@ -27,6 +27,8 @@ class Plan:
     dense_bytes         other weights: embedding, head, norms, biases
     adapter_bytes, step_bytes, graphs_bytes  see kv_capacity.Reserve
     kv_tokens           tokens that the KV cache holds: `sequences` of `max_context` tokens. 0 if the plan does not fit
+    max_context_asked   --max-context; `max_context` is less if the model was not made for as many
+    kv_fraction         of what is left for it, that the KV cache may take; 0 if --kv-memory is a number of bytes
     kv_bounded          whether more tokens could never be used, because of --max-batch-rows
     unused_bytes        what nothing takes, unless the KV cache is given more (--kv-memory)
     one_adapter_bytes   an adapter of `rank` on all `linear_layers`; `adapters` of them fit at once
@@ -51,6 +53,8 @@ class Plan:
     kv_bytes: int
     kv_bounded: bool
     max_context: int
+    max_context_asked: int
+    kv_fraction: float
     sequences: int
     unused_bytes: int
     rank: int
@@ -101,6 +105,8 @@ def plan_outline(model: Outline, settings: Settings, gpu_bytes: int, rank: int) 
         kv_bytes=blocks * block_bytes,
         kv_bounded=blocks == most_kv_blocks(model, settings, block_size),
         max_context=model.max_context,
+        max_context_asked=settings.max_context,
+        kv_fraction=kv_memory(model, settings).fraction,
         sequences=blocks // least_kv_blocks(model, block_size),
         unused_bytes=0 if problem else free - kept.total - blocks * block_bytes,
         rank=rank,

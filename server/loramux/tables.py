@@ -74,19 +74,35 @@ def plan_table(plan: Plan) -> Table:
     if plan.nf4_bytes:
         table.add_row("quantized weights", size(plan.nf4_bytes), f"NF4, {plan.bits_per_weight:.3f} bits each")
     table.add_row("dense weights", size(plan.dense_bytes), f"{plan.dtype}: embedding, head, norms, biases")
+    fit = f"{_count(plan.adapters, 'adapter')} at once"
     one = f"{size(plan.one_adapter_bytes)} each of rank {plan.rank} on all {plan.linear_layers} linear layers"
-    table.add_row("adapters", size(plan.adapter_bytes), f"{plan.adapters:,} fit at once: {one} (--adapter-memory)")
+    table.add_row("adapters", size(plan.adapter_bytes), f"{fit}: {one} (--adapter-memory)")
     table.add_row("step", size(plan.step_bytes), "at most, for a while (--max-batch-tokens)")
     table.add_row("CUDA graphs", size(plan.graphs_bytes), "at most" if plan.graphs_bytes else "none for this model")
+    context = f"{plan.max_context:,} (--max-context)"
+    if plan.max_context < plan.max_context_asked:
+        context = f"{plan.max_context:,}, the model's most (--max-context {plan.max_context_asked:,})"
     if plan.problem is None:
-        held = f"{plan.sequences:,} sequences of {plan.max_context:,} (--max-context)"
+        held = f"{_count(plan.sequences, 'sequence')} of {context}"
         bound = ", all that --max-batch-rows lets run" if plan.kv_bounded else ""
         told = f"{plan.kv_tokens:,} tokens, {size(plan.kv_bytes_per_token)} each: {held}{bound}"
         table.add_row("KV cache", size(plan.kv_bytes), told)
-        table.add_row("left", size(plan.unused_bytes), "")
+        table.add_row("left", size(plan.unused_bytes), _why_left(plan))
     else:
-        table.add_row("missing", size(plan.missing_bytes), "")
+        table.add_row("missing", size(plan.missing_bytes), f"with a KV cache for sequences of {context}")
     return table
+
+
+def _why_left(plan: Plan) -> str:
+    if plan.kv_bounded:
+        return "--max-batch-rows lets no more be used"
+    if plan.kv_fraction:
+        return f"a margin of {1 - plan.kv_fraction:.0%} of what the KV cache could take (--kv-memory)"
+    return "--kv-memory takes no more"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def adapters_table(adapters: Iterable[Adapter]) -> Table:

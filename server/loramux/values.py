@@ -15,6 +15,8 @@ from typing import Any
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_LEAST_BARE = 1 << 20  # bytes; a smaller amount of memory without a unit is one whose unit was forgotten
 _SECRET = re.compile(r"[\x21-\x7e]{8,4096}")
 
 
@@ -110,7 +112,7 @@ def seconds(low: float, high: float) -> Kind:
     return Kind(parse, "SECONDS")
 
 
-def _parse_size(given: object, least: int = 1) -> int:
+def _parse_size(given: object, least: int = 1, least_bare: int = 0) -> int:
     match = None
     if isinstance(given, int | str) and not isinstance(given, bool):
         match = _SIZE.fullmatch(str(given).strip())
@@ -118,6 +120,8 @@ def _parse_size(given: object, least: int = 1) -> int:
         number, unit, binary = match.groups()
         scale = (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0)
         value = int(float(number) * scale) if "." in number else int(number) * scale
+        if 0 < value < least_bare and match[0] == number:
+            raise ValueError(f"it a unit, such as {number}GiB: {number} alone is a number of bytes")
         if value >= least:
             return value
     raise ValueError(f"a size such as 512MiB, 1.5GB or a number of bytes, at least {least}")
@@ -126,15 +130,14 @@ def _parse_size(given: object, least: int = 1) -> int:
 def _parse_memory(given: object) -> Memory:
     if isinstance(given, Memory):
         return given
+    if isinstance(given, str) and (share := _SHARE.fullmatch(given.strip())):
+        if 1 <= float(share[1]) <= 95:
+            return Memory(fraction=float(share[1]) / 100)
+        raise ValueError("a share of the free memory from 1% to 95%, such as 40%")
     try:
-        if not (isinstance(given, str) and given.strip().endswith("%")):
-            return Memory(bytes=_parse_size(given))
-        share = float(given.strip()[:-1]) / 100
-        if 0.01 <= share <= 0.95:
-            return Memory(fraction=share)
-    except ValueError:
-        pass
-    raise ValueError("a size such as 2GiB, or a share of the free memory from 1% to 95%, such as 40%")
+        return Memory(bytes=_parse_size(given, least_bare=_LEAST_BARE))
+    except ValueError as allowed:
+        raise ValueError(f"{allowed}; or a share of the free memory, such as 40%") from None
 
 
 def _parse_path(given: object) -> Path:
@@ -179,7 +182,8 @@ def many(one: Kind) -> Kind:
 
 SWITCH = Kind(_parse_switch, "on|off")
 SIZE = Kind(_parse_size, "SIZE")
-SIZE_OR_NONE = Kind(partial(_parse_size, least=0), "SIZE")
+MEMORY_SIZE = Kind(partial(_parse_size, least_bare=_LEAST_BARE), "SIZE")
+MEMORY_SIZE_OR_NONE = Kind(partial(_parse_size, least=0, least_bare=_LEAST_BARE), "SIZE")
 MEMORY = Kind(_parse_memory, "SIZE|PERCENT")
 FILE = Kind(_parse_path, "FILE")
 FOLDER = Kind(_parse_path, "FOLDER")

@@ -734,6 +734,11 @@ def test_near_names_are_found_among_many_at_a_bounded_cost(monkeypatch: pytest.M
     for asked in ("customer-01234x", "customre-01234", "Customer-01234"):
         with pytest.raises(AdapterNotFound, match="did you mean 'customer-01234'"):
             registry.get(asked)
+    for name in ("date", "sql"):
+        registry.register(name, "/x")
+    for asked, meant in (("dat", "date"), ("dtae", "date"), ("sq", "sql")):  # shorter than four letters, or near it
+        with pytest.raises(AdapterNotFound, match=f"^there is no adapter '{asked}'; did you mean '{meant}'\\?$"):
+            registry.get(asked)
     registry.unload("customer-01234")
     with pytest.raises(AdapterNotFound) as caught:
         registry.get("customer-01234")

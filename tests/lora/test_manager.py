@@ -81,6 +81,35 @@ async def test_load_use_unload(manager: AdapterManager, reader: FakeReader) -> N
         await manager.unload("a")
 
 
+async def test_who_asks_for_an_unloaded_adapter_is_told_so(manager: AdapterManager, reader: FakeReader) -> None:
+    """The sentence was that of a name that never was."""
+
+    def asked(name: str) -> str:
+        with pytest.raises(AdapterNotFound) as caught:
+            manager.registry.lease([name], "r1")
+        assert (caught.value.reason, caught.value.metadata) == ("ADAPTER_NOT_FOUND", {"adapter": name})
+        return caught.value.message.removeprefix(f"there is no adapter {name!r}; ")
+
+    for name, source in (("a", ""), ("other", "b")):
+        await manager.load(name, source)
+        await manager.unload(name)
+    assert asked("a") == "an operator unloaded it; `loramux adapters load a` brings it back"
+    assert asked("other") == "an operator unloaded it", "no folder has that name"
+    with pytest.raises(AdapterNotFound, match="an operator unloaded it"):
+        await manager.unload("a")
+    await manager.load("a")
+    manager.registry.unload("a")  # as when its folder has gone
+    assert "unloaded" not in asked("a")
+
+
+def test_few_unloaded_names_are_remembered() -> None:
+    registry = AdapterRegistry()
+    for i in range(3000):
+        registry.register(f"a{i}", "/x")
+        registry.unload(f"a{i}", by_operator=True)
+    assert list(registry._unloaded) == [f"a{i}" for i in range(3000 - 1024, 3000)]
+
+
 async def test_the_same_content_again_is_not_placed_again(manager: AdapterManager, reader: FakeReader) -> None:
     """vLLM #33791: a reload read the disk at every step. And a full budget must not refuse what is loaded."""
     manager.registry.budget.limit = 15

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from loramux.errors import InvalidAdapter, InvalidRequest, LoramuxError, PathNotAllowed
+from loramux.errors import InvalidAdapter, InvalidRequest, LoramuxError, PathNotAllowed, StartupError
 from loramux.lora.roots import CONFIG_FILE, WEIGHTS_FILE, AdapterRoots, check_name
 
 
@@ -99,6 +99,15 @@ def test_without_roots_nothing_is_found() -> None:
     for source in ("a", os.getcwd()):
         with pytest.raises(LoramuxError):
             AdapterRoots([]).resolve(source)
+
+
+@pytest.mark.parametrize("separator", [":", ";", ","])
+def test_roots_that_were_separated_like_a_search_path(separator: str, tree: Path) -> None:
+    AdapterRoots([tree / "one", tree / "two"]).check()
+    with pytest.raises(StartupError, match=r"No such file or directory; of several roots .* a comma between them in"):
+        AdapterRoots([f"{tree / 'one'}{separator}{tree / 'two'}"]).check()
+    with pytest.raises(StartupError, match="; name a folder that is there"):
+        AdapterRoots([tree / "none"]).check()
 
 
 @pytest.mark.parametrize("name", ["a", "A-1_b.c", "7", "x" * 128])

@@ -12,9 +12,10 @@ from tests.merge.recipes import batched, dense
 from tests.server.stack import save_adapter, save_model
 
 
-@pytest.mark.parametrize("mix", ["a=1,a=2", "a=nan", "a=inf", "=1", "a=1,", "a=x"])
+@pytest.mark.parametrize("mix", ["a=1,a=2", "a=nan", "a=inf", "=1", "a=1,", "a=x", "", "a", "a,b=1"])
 def test_a_mix_that_means_nothing_is_refused(mix: str, tmp_path: Path) -> None:
-    """Also the same name twice, of which only the last would count, and numbers that spoil every weight."""
+    """Also the same name twice, of which only the last would count, and numbers that spoil every weight. A bare
+    name weighed 1."""
     save_adapter(tmp_path / "adapters" / "a")
     command = ["merge", "--mix", mix, "--out", str(tmp_path / "out"), "--adapter-dir", str(tmp_path / "adapters")]
     result = CliRunner().invoke(app, [*command, "--model", str(save_model(tmp_path / "base"))])

@@ -69,9 +69,11 @@ async def test_a_token_of_the_other_port_is_the_wrong_scope(tmp_path: Path) -> N
         async with AsyncClient(r.addresses.public, api_key=ADMIN) as client:
             with pytest.raises(WrongScope):
                 await client.model()
-        async with AsyncAdminClient(r.addresses.admin) as admin:
-            with pytest.raises(Unauthenticated):
-                await admin.list()
+        for key in (None, "wrong-token"):
+            async with AsyncAdminClient(r.addresses.admin, api_key=key) as admin:
+                with pytest.raises(Unauthenticated) as caught:
+                    await admin.list()
+                assert caught.value.metadata["scope"] == "admin"
 
 
 async def test_refusals_are_counted_and_messages_of_strangers_are_not_parsed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -163,6 +164,7 @@ async def test_nobody_at_the_address() -> None:
         ({"prompt": "x", "mix": {"a": "much"}}, InvalidRequest),
         ({"prompt": "x", "mix": {5: 1.0}}, InvalidRequest),
         ({"prompt": "x", "mix": [("a", 1.0)]}, InvalidRequest),
+        ({"prompt": "x", "mix": {}}, InvalidRequest),  # the base answered
         ({"prompt": "x", "stop": 5}, InvalidRequest),
         ({"prompt": "x", "temperature": [1]}, InvalidRequest),
         ({"prompt": "x", "logit_bias": [1]}, InvalidRequest),
@@ -193,6 +195,7 @@ ADMIN_CALLS: dict[str, tuple[str, Callable[[AdminClient], Any]]] = {
     "ages": ("drain_timeout", lambda client: client.unload("a", drain_timeout=1e300)),
     "soon": ("drain_timeout", lambda client: client.unload("a", drain_timeout="soon")),
     "output": ("output", lambda client: next(client.merge("a", output="a\udcff"))),
+    "no mix": ("mix", lambda client: next(client.merge("a", output="a", mix={}))),
     "weight": ("mix[0].weight", lambda client: next(client.merge(output="a", mix={"a": "much"}))),
 }
 
@@ -203,6 +206,23 @@ def test_what_no_admin_message_can_hold_is_refused_by_name(field: str, call: Cal
     with AdminClient("127.0.0.1:1") as client, pytest.raises(InvalidRequest) as caught:
         call(client)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient, AdminClient, AsyncAdminClient])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"tsl": True}, "there is no argument 'tsl'; did you mean 'tls'?"),
+        ({"ca": b""}, "there is no argument 'ca'; there are api_key, root_certificates, timeout, tls"),
+        ({"root_certificates": "ca.pem"}, "root_certificates takes the bytes of a PEM file"),
+    ],
+)
+def test_a_client_takes_no_argument_that_it_would_ignore(
+    kind: Callable[..., object], arguments: dict[str, Any], sentence: str
+) -> None:
+    """With a misspelt `tls` the token went over the network in plain text."""
+    with pytest.raises(TypeError, match=f"^{re.escape(sentence)}"):
+        kind("127.0.0.1:1", api_key="secret-token", **arguments)
 
 
 def test_a_key_that_no_header_can_hold_is_not_shown() -> None:

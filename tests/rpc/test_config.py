@@ -46,6 +46,9 @@ def test_every_kind_of_value() -> None:
     assert Memory(bytes=7).resolve(1000) == 7
     assert settings.drain_timeout == 1.5
     assert settings.max_message_bytes == 1_500_000
+    small = load({"adapter_host_memory": "0", "adapter_memory": "900KB", "max_message_bytes": "65536"}, environ={})
+    assert (small.adapter_host_memory, small.adapter_memory, small.max_message_bytes) == (0, 900_000, 65536)
+    assert load({"kv_memory": "1048576"}, environ={}).kv_memory == Memory(bytes=1 << 20)
     assert load({"batch_invariant": True}, environ={}).batch_invariant
     assert load(environ={"LORAMUX_BATCH_INVARIANT": "on"}).batch_invariant
     assert not load({"batch_invariant": "no"}, environ={"LORAMUX_BATCH_INVARIANT": "1"}).batch_invariant
@@ -62,7 +65,14 @@ def test_every_kind_of_value() -> None:
         ({"batch_invariant": "perhaps"}, "--batch-invariant: 'perhaps' is not allowed; give on or off"),
         ({"adapter_memory": "lots"}, "--adapter-memory: 'lots' is not allowed; give a size such as 512MiB"),
         ({"adapter_memory": "0"}, "--adapter-memory: '0' is not allowed"),
-        ({"kv_memory": "200%"}, "--kv-memory: '200%' is not allowed; give a size such as 2GiB, or a share"),
+        ({"kv_memory": "200%"}, "--kv-memory: '200%' is not allowed; give a share of the free memory from 1%"),
+        (
+            {"kv_memory": "lots"},
+            "give a size such as 512MiB, 1.5GB or a number of bytes, at least 1; or a share of",
+        ),
+        ({"kv_memory": 24}, "--kv-memory: 24 is not allowed; give it a unit, such as 24GiB: 24 alone is a number of"),
+        ({"adapter_memory": "4"}, "--adapter-memory: '4' is not allowed; give it a unit, such as 4GiB"),
+        ({"adapter_host_memory": "1000000"}, "--adapter-host-memory: '1000000' is not allowed; give it a unit"),
         ({"step_target": -0.1}, "--step-target: -0.1 is not allowed; give a number of seconds from 0 to 60"),
         ({"send_timeout": "nan"}, "--send-timeout: 'nan' is not allowed; give a number of seconds"),
         ({"adapter": ["../x"]}, "--adapter: ['../x'] is not allowed; give NAME or NAME=FOLDER"),

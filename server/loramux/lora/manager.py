@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loramux.errors import AdapterNotFound, Cancelled, DeadlineExceeded
+from loramux.errors import Cancelled, DeadlineExceeded
 from loramux.lora.catalog import Catalog
 from loramux.lora.declaration import Declaration
 from loramux.lora.entry import AdapterEntry, LoadedAdapter, State
@@ -156,11 +156,11 @@ class AdapterManager:
         why = f"adapter {name!r} was unloaded while it was loading"
         aborted = await self._loader.abort(name, Cancelled(why, reason="ADAPTER_UNLOADED"))
         if self.registry.find(name) is not None:
-            entries = [self.registry.unload(name)]
+            entries = [self.registry.unload(name, by_operator=True)]
         else:
             entries = self.registry.draining(name)
             if not entries and not aborted:
-                raise AdapterNotFound(name)
+                self.registry.get(name)  # raises
         if await self._drained(entries, drain_timeout):
             return Unloaded(_freed(entries), 0)
         if not cancel_after_timeout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from itertools import chain, islice
 
-_BEGINNINGS = (12, 8, 4)  # characters that a near name has in common: these, or those at the end
+_BEGINNINGS = (12, 8, 4, 1)  # characters that a near name has in common: these, or those at the end
 _END = 4
 _MOST_COMPARED = 128
 _MOST_NAMED = 3

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Listener = Callable[[AdapterEntry], None]
 
+_MOST_UNLOADED = 1024  # names of unloaded adapters that are remembered
+
 LOAD_FAILED = "ADAPTER_LOAD_FAILED"  # the reason of a load that ended with a defect
 
 
@@ -54,6 +56,7 @@ class AdapterRegistry:
         self._listeners: list[Listener] = []
         self._ordered: list[tuple[str, str]] | None = []  # name and uid of all, sorted; None: to be sorted again
         self._near = NearNames()
+        self._unloaded: dict[str, str] = {}  # what operators took away, and its source; the last ones only
         self.private: tuple[str, ...] = ()  # folders whose paths no request's error may tell
         self.unfit: Mapping[str, str] = {}  # folders that cannot be served, by name, and why (lora.scan)
 
@@ -74,6 +77,10 @@ class AdapterRegistry:
         """What may be meant by a name that nothing has; at a bounded cost, for anybody can ask."""
         if name in self.unfit:
             return f"there is a folder of that name, but it {self.unfit[name]}"
+        if name in self._unloaded:
+            under_a_root = self._unloaded[name] in (f"{root}/{name}" for root in self.private)
+            back = f"; `loramux adapters load {name}` brings it back" if under_a_root else ""
+            return f"an operator unloaded it{back}"
         if not is_name(name):
             return f"that is no adapter's name: {NAME_RULE}"
         near = self._near.of(name)
@@ -272,15 +279,19 @@ class AdapterRegistry:
             return PathNotAllowed(text, metadata={"adapter": name})
         return error
 
-    def unload(self, name: str) -> AdapterEntry:
+    def unload(self, name: str, *, by_operator: bool = False) -> AdapterEntry:
         """Take the name away: READY or REGISTERED → DRAINING, and UNLOADED at once if no request holds it; FAILED →
-        UNLOADED.
+        UNLOADED. Who asks for what was unloaded `by_operator` is told so.
 
         Loads of the name must have ended before. Raises AdapterNotFound.
         """
         entry = self.get(name)
         assert self.loading(name) is None, f"the load of {name} runs"
         self._take_name(entry)
+        if by_operator:
+            self._unloaded[name] = entry.source
+            if len(self._unloaded) > _MOST_UNLOADED:
+                del self._unloaded[next(iter(self._unloaded))]
         self._retire(entry)
         return entry
 
@@ -324,6 +335,7 @@ class AdapterRegistry:
 
     def _give_name(self, entry: AdapterEntry) -> None:
         self._names[entry.name] = entry
+        self._unloaded.pop(entry.name, None)
         self._near.add(entry.name)
 
     def _take_name(self, entry: AdapterEntry) -> None:

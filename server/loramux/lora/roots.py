@@ -69,9 +69,10 @@ class AdapterRoots:
                 with os.scandir(path):
                     pass
             except OSError as error:
-                raise StartupError(
-                    f"--adapter-dir {path}: {error.strerror}; name a folder that is there, and that the server may read"
-                ) from None
+                hint = "name a folder that is there, and that the server may read"
+                if any(separator in str(path) for separator in ":;,"):
+                    hint = "of several roots each has its --adapter-dir, or a comma between them in LORAMUX_ADAPTER_DIR"
+                raise StartupError(f"--adapter-dir {path}: {error.strerror}; {hint}") from None
 
     def resolve(self, source: str) -> AdapterFolder:
         """The adapter folder that `source` names.

@@ -75,13 +75,14 @@ def least_kv_blocks(model: PlannedModel, block_size: int) -> int:
 
 def room_for_one(model: PlannedModel, settings: Settings, block_size: int) -> int:
     """Bytes to be left for the KV cache so that --kv-memory of them hold one sequence of the greatest length."""
-    one, memory = least_kv_blocks(model, block_size) * block_size * model.kv_bytes_per_token, _wanted(model, settings)
+    one, memory = least_kv_blocks(model, block_size) * block_size * model.kv_bytes_per_token, kv_memory(model, settings)
     if memory.bytes is not None:
         return max(one, memory.bytes)
     return math.ceil(one / memory.fraction) + 1  # for a share is rounded down
 
 
-def _wanted(model: PlannedModel, settings: Settings) -> Memory:
+def kv_memory(model: PlannedModel, settings: Settings) -> Memory:
+    """What the KV cache may take: --kv-memory, or the share of the free memory that it takes when nothing is said."""
     return settings.kv_memory or Memory(fraction=_AUTO_SHARE[model.device.type])
 
 
@@ -97,7 +98,7 @@ def kv_blocks(model: PlannedModel, settings: Settings, block_size: int, free: in
     """
     block_bytes = model.kv_bytes_per_token * block_size
     least, most = least_kv_blocks(model, block_size), most_kv_blocks(model, settings, block_size)
-    memory, kept = _wanted(model, settings), reserve(model, settings)
+    memory, kept = kv_memory(model, settings), reserve(model, settings)
     room = room_for_one(model, settings, block_size)
     if model.device.type == "cuda":
         left = free - kept.total

@@ -17,12 +17,13 @@ from loramux.errors import StartupError
 from loramux.merge_report import MERGE_REPORT
 from loramux.model.attention import NAME as ATTENTION
 from loramux.model.causal_lm import CausalLM, ModelFacts, flat_inputs
+from loramux.model.embedded import EMBEDDED, ensure_embedded
 from loramux.model.loading import DTYPES, context_limit
 from loramux.model.refusal import refuse_by_name
 from loramux.model.selftest import BLOCK, driven_flat, require_paged_attention
 from loramux.model.shortcut import Shortcut
 from loramux.model.skeleton import build_skeleton
-from loramux.model.sources import read_config
+from loramux.model.sources import convert_gguf, read_config
 from loramux.model.step import Step
 from loramux.model.surgery import connect, place_sites
 from loramux.model.towers import language_config
@@ -68,7 +69,8 @@ class Outline:
 
 @refuse_by_name
 def outline(source: str, *, dtype: str = "auto", max_context: int | None = None) -> Outline:
-    """The outline of what `source`, a config.json or a folder with one, describes; see `loading.load_model`.
+    """The outline of what `source` describes: a config.json, a folder with one, or the name of an embedded model, which
+    is fetched if it was never served; see `loading.load_model`.
 
     Embedding and head are taken to be one weight where the config says so: whether a checkpoint holds two is not
     looked at. Raises StartupError for a file that cannot be read, UnsupportedModel for a model that is not served.
@@ -122,6 +124,8 @@ class _Shapes(Backend):
 
 def _config_file(source: str) -> Path:
     """Raises StartupError if there is none."""
+    if source in EMBEDDED:
+        return ensure_embedded(source, convert_gguf) / "config.json"
     path = Path(source).expanduser()
     try:
         file = path / "config.json" if path.is_dir() else path

@@ -56,19 +56,22 @@ class BearerAuth(grpc.aio.ServerInterceptor):
     def _refusal(self, key: str, metadata: Any) -> LoramuxError | None:
         given = [value for name, value in metadata or () if name == "authorization"]
         if not given:
-            return Unauthenticated(
+            return self._unauthenticated(
                 f"the {self._scope} port asks for a token: send the header 'authorization: Bearer <token>'",
-                reason="TOKEN_MISSING",
+                "TOKEN_MISSING",
             )
         scheme, _, token = given[0].partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or len(given) > 1:
-            return Unauthenticated("the authorization header must be 'Bearer <token>'", reason="TOKEN_INVALID")
+            return self._unauthenticated("the authorization header must be 'Bearer <token>'", "TOKEN_INVALID")
         if _same(token, key):
             return None
         if self._other_key is not None and _same(token, self._other_key):
             return WrongScope(f"this token is not for the {self._scope} port", metadata={"scope": self._scope})
-        return Unauthenticated("the token is wrong", reason="TOKEN_INVALID")
+        return self._unauthenticated("the token is wrong", "TOKEN_INVALID")
+
+    def _unauthenticated(self, message: str, reason: str) -> Unauthenticated:
+        return Unauthenticated(message, reason=reason, metadata={"scope": self._scope})
 
 
 def _same(given: str, key: str) -> bool:
