@@ -27,7 +27,7 @@ CELLS = (Cell("c1", 1, 1), Cell("c16", 16, 1, rounds=2))
 def export_error(model: str, adapter: Path, dtype: str, work: Path) -> float:
     """‖W' − (W + ΔW)‖ / ‖ΔW‖ over all changed layers of a real export, in per cent. Raises ValueError if it fails."""
     out = work / f"merged-{dtype}"
-    command = [sys.executable, "-m", "loramux.cli", "merge", adapter.name, "--out", str(out), "--dtype", dtype]
+    command = [sys.executable, "-m", "loramux", "merge", adapter.name, "--out", str(out), "--dtype", dtype]
     command += ["--model", model, "--adapter-dir", str(adapter.parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -46,7 +46,7 @@ def serve(
     ports_file, log = folder / "ports.json", folder / "server.log"
     ports_file.unlink(missing_ok=True)
     ports = ["--port", "0", "--admin-port", "0", "--metrics-port", str(free_port())]
-    command = [sys.executable, "-m", "loramux.cli", "serve", "--ports-file", str(ports_file), *ports, *arguments]
+    command = [sys.executable, "-m", "loramux", "serve", "--ports-file", str(ports_file), *ports, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}

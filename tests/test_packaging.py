@@ -42,7 +42,7 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse)
 import loramux.client
-runpy.run_module("loramux.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("loramux", run_name="__main__", alter_sys=True)
 """
 
 

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -71,11 +70,10 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 
 def main() -> None:
-    """Entry point: runs a command and prints its error, if any, as one sentence."""
+    """Runs a command and prints its error, if any, as one sentence. See __main__ for what signals do meanwhile."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _leave)
     for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # bars of libraries, beside ours or in a log
         os.environ.setdefault(variable, "1")
     try:
@@ -90,20 +88,12 @@ def main() -> None:
         of_token = isinstance(error, Unauthenticated | WrongScope)
         given_by = _TOKENS.get(error.metadata.get("scope", ""), "") if of_token else ""
         _fail(f"{error.message}{given_by} [{error.status} {error.reason}{shown}]")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except Exception as error:
         if os.environ.get(_LOG_LEVEL) == "debug" and not logging.root.handlers:
             logs.configure("debug")
         log.debug("unexpected", exc_info=True)
         hint = "" if log.isEnabledFor(logging.DEBUG) else f"; {_LOG_LEVEL}=debug shows where"
         _fail(f"unexpected {type(error).__name__}: {error}{hint}")
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    """What was begun is undone on the way out, as by Ctrl-C; a second signal ends the process at once."""
-    signal.signal(number, signal.SIG_DFL)
-    raise SystemExit(128 + number)
 
 
 def _require_server() -> None:
@@ -518,7 +508,3 @@ def adapters_pin(
     with AdminClient(admin, api_key=admin_key) as client:
         client.pin(name, not off)
     _say(f"{name} {'unpinned' if off else 'pinned'}")
-
-
-if __name__ == "__main__":
-    main()

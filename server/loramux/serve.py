@@ -75,11 +75,12 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
     except DeviceLost as error:
         log.critical("the device has failed while the model was prepared", exc_info=error)
         _abandon_device()
+    finally:
+        _end_at_next_signal(console)
 
 
 def _leave(console: Console, number: int, frame: object) -> NoReturn:
-    for each in _SIGNALS:
-        signal.signal(each, lambda number, frame: os._exit(1))
+    _end_at_next_signal(console)
     # What waits for threads of its own (a download from a hub) would wait until they are done.
     overdue = threading.Timer(_GRACE_SECONDS, _give_up, (console,))
     overdue.daemon = True
@@ -87,10 +88,22 @@ def _leave(console: Console, number: int, frame: object) -> NoReturn:
     raise _Stopped
 
 
+def _end_at_next_signal(console: Console) -> None:
+    for each in _SIGNALS:
+        signal.signal(each, lambda number, frame: _exit(console, 1))
+
+
 def _give_up(console: Console) -> None:
-    console.show_cursor()  # which a bar hides
     _tell(console, "Stopped while loading.")
-    os._exit(0)
+    _exit(console, 0)
+
+
+def _exit(console: Console, status: int) -> NoReturn:
+    """End the process where it stands, but for the terminal's cursor, which a bar hides."""
+    try:
+        console.show_cursor()
+    finally:
+        os._exit(status)
 
 
 async def _run(
@@ -181,7 +194,7 @@ def _tell(console: Console, text: str) -> None:
 def _on_signal(stop: asyncio.Event, console: Console) -> None:
     if stop.is_set():
         _tell(console, "Second signal: leaving now.")
-        os._exit(1)
+        _exit(console, 1)
     stop.set()
 
 
