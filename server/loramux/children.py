@@ -1,16 +1,20 @@
-"""Other programs that are run on the way (a compiler, pip): they never outlive what waits for them."""
+"""Other programs that are run on the way (a compiler, pip, a server): they never outlive what waits for them."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from threading import Lock
 from typing import Any
 
 _GRACE_SECONDS = 5.0  # for a compiler or pip to remove its temporary files
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Children:
@@ -36,7 +40,7 @@ class Children:
         try:
             out, err = child.communicate(timeout=timeout)
         except BaseException:
-            _end(child)
+            end(child, _GRACE_SECONDS)
             for pipe in (child.stdout, child.stderr):
                 if pipe is not None:
                     pipe.close()
@@ -54,13 +58,22 @@ class Children:
         for child in running:
             _signal(child, signal.SIGTERM)
         for child in running:
-            _end(child)
+            end(child, _GRACE_SECONDS)
 
 
-def _end(child: subprocess.Popen[Any]) -> None:
+def end_with_parent() -> None:
+    """To be called in a child before its program runs (`preexec_fn`): it gets SIGTERM when its parent's thread has
+    ended, however that was. Linux only; elsewhere it does nothing."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def end(child: subprocess.Popen[Any], grace: float) -> None:
+    """SIGTERM to the process group that `child` leads, and SIGKILL to what is left of it once `child` has ended, at
+    the latest after `grace` seconds. `child` must not have been waited for."""
     _signal(child, signal.SIGTERM)
     try:
-        child.wait(_GRACE_SECONDS)
+        child.wait(grace)
     except subprocess.TimeoutExpired:
         pass
     finally:

@@ -209,7 +209,7 @@ def demo(
     _require_server()
     from loramux.demo import run
 
-    run(model, adapter_dir, console)
+    run(model, adapter_dir, console, errors)
 
 
 _PLANNED = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from loramux import children
 from loramux.answers import Finished
 from loramux.client import AsyncClient
 from loramux.errors import StartupError
@@ -33,6 +33,7 @@ BASE_PROMPTS = (
 MAX_NEW_TOKENS = 64
 # Conversion of the embedded model on first use, on a slow machine.
 START_SECONDS = 900.0
+STOP_SECONDS = 60.0
 # Of loramux's variables the server gets those that are no settings of a server.
 _OF_THE_MACHINE = ("LORAMUX_CACHE", "LORAMUX_ISA", "LORAMUX_THREADS")
 
@@ -57,8 +58,8 @@ class Answer:
     seconds: float
 
 
-def run(model: str, adapter_dir: Path, console: Console) -> None:
-    """Start the server, send one mixed batch, print the table, stop the server.
+def run(model: str, adapter_dir: Path, console: Console, errors: Console) -> None:
+    """Start the server, send one mixed batch, print the table, stop the server. `errors` shares the server's terminal.
 
     Raises StartupError if the server does not start or does not stop cleanly.
     """
@@ -69,11 +70,17 @@ def run(model: str, adapter_dir: Path, console: Console) -> None:
     cases = [Case("", prompt) for prompt in BASE_PROMPTS]
     for name in names:
         cases += _examples(adapter_dir / name)
-    with serving(model, adapter_dir, names) as ports:
-        console.print(f"\nSending {len(cases)} requests at once, for the base and {len(names)} adapters.\n")
-        started = time.monotonic()
-        answers = asyncio.run(_ask(ports["public"], cases))
-        seconds = time.monotonic() - started
+    try:
+        with serving(model, adapter_dir, names) as ports:
+            console.print(f"\nSending {len(cases)} requests at once, for the base and {len(names)} adapters.\n")
+            started = time.monotonic()
+            answers = asyncio.run(_ask(ports["public"], cases))
+            seconds = time.monotonic() - started
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        errors.print("Stopped.")
+        raise
+    finally:
+        errors.show_cursor()  # which the server's bar hid, if the server was killed
     console.print(_table(answers))
     tokens = sum(a.tokens for a in answers)
     console.print(
@@ -84,16 +91,25 @@ def run(model: str, adapter_dir: Path, console: Console) -> None:
 
 @contextmanager
 def serving(model: str, adapter_dir: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    """A `loramux serve` process on free loopback ports, drained with SIGTERM at the end; yields its ports."""
+    """A `loramux serve` process on free loopback ports, drained with SIGTERM at the end; yields its ports.
+
+    It has a session of its own: Ctrl-C is for this process alone, which then ends it by one signal, not by two.
+    """
     with tempfile.TemporaryDirectory(prefix="loramux-demo-") as scratch:
         ports_file = Path(scratch) / "ports.json"
-        command = [sys.executable, "-m", "loramux.cli", "serve", "--model", model]
+        command = [sys.executable, "-m", "loramux", "serve", "--model", model]
         command += ["--port", "0", "--admin-port", "0", "--metrics-port", "0", "--ports-file", str(ports_file)]
         command += ["--adapter-dir", str(adapter_dir), "--kv-memory", "256MiB", "--log-level", "warning"]
         for name in names:
             command += ["--adapter", name]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LORAMUX_") or k in _OF_THE_MACHINE}
-        server = subprocess.Popen(command, env=environment)  # noqa: S603
+        server = subprocess.Popen(  # noqa: S603
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=children.end_with_parent,  # no other thread runs here
+        )
         try:
             deadline = time.monotonic() + START_SECONDS
             while not ports_file.exists():
@@ -105,8 +121,7 @@ def serving(model: str, adapter_dir: Path, names: list[str]) -> Iterator[dict[st
             yield json.loads(ports_file.read_text())
         finally:
             if server.poll() is None:
-                server.send_signal(signal.SIGTERM)
-                server.wait(timeout=60)
+                children.end(server, STOP_SECONDS)
         if server.returncode != 0:
             raise StartupError(f"the server stopped with exit status {server.returncode}")
 
