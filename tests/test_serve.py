@@ -73,6 +73,19 @@ def test_a_signal_while_loading_ends_it_at_once(number: signal.Signals, script: 
     assert "Stopped while loading." in said
 
 
+def test_a_module_that_makes_something_else_of_the_signal_is_no_error() -> None:
+    """numpy, interrupted while torch imports it, raises ImportError."""
+    child = start(
+        "try:\n        print('importing', file=sys.stderr, flush=True)\n        time.sleep(600)\n"
+        "    except BaseException:\n        raise ImportError('not initialized') from None"
+    )
+    read_until(child, "importing")
+    child.send_signal(signal.SIGINT)
+    status, said = ended(child)
+    assert status == 0
+    assert "Stopped while loading." in said
+
+
 def test_a_second_signal_ends_what_the_first_did_not() -> None:
     child = start(
         "try:\n        print('trying', file=sys.stderr, flush=True)\n        time.sleep(600)\n"

@@ -55,9 +55,10 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
     started = time.monotonic()
     if settings.log_format == logs.JSON:  # whoever reads the lines reads nothing else: all is told by them
         console = Console(quiet=True, force_terminal=False)
+    leaving = threading.Event()
     try:
         for number in _SIGNALS:
-            signal.signal(number, partial(_leave, console))
+            signal.signal(number, partial(_leave, console, leaving))
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # nothing to reload yet, and no reason to die
         with Phases(console) as phases:
             phases.begin("Checking the settings")
@@ -70,16 +71,20 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
                 logs.configure(settings.log_level, settings.log_format)  # libraries have set up their own
                 loaded = prepare_model(settings, phases)
         asyncio.run(_run(settings, loaded, console, ports_file, started))
-    except _Stopped:
-        _tell(console, "Stopped while loading.")
     except DeviceLost as error:
         log.critical("the device has failed while the model was prepared", exc_info=error)
         _abandon_device()
+    except BaseException as error:
+        # A native module whose import is interrupted raises something of its own.
+        if not isinstance(error, _Stopped) and not leaving.is_set():
+            raise
+        _tell(console, "Stopped while loading.")
     finally:
         _end_at_next_signal(console)
 
 
-def _leave(console: Console, number: int, frame: object) -> NoReturn:
+def _leave(console: Console, leaving: threading.Event, number: int, frame: object) -> NoReturn:
+    leaving.set()
     _end_at_next_signal(console)
     # What waits for threads of its own (a download from a hub) would wait until they are done.
     overdue = threading.Timer(_GRACE_SECONDS, _give_up, (console,))
