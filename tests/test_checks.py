@@ -60,13 +60,16 @@ def test_what_is_right_passes(root: Path, tmp_path: Path) -> None:
 def test_folders_and_files(root: Path, tmp_path: Path) -> None:
     none, file = tmp_path / "none", tmp_path / "file"
     file.write_text("")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("adapters: &a []\nmore: *a\n")
     refused(f"--adapter-dir {none}: No such file", adapter_dir=(root, none))
     refused(f"--adapter-dir {file}: Not a directory", adapter_dir=(file,))
     refused("--adapter-dir", adapter_dir=(Path("x" * 5000),))
     refused("--adapter-dir: ", adapter_dir=(Path("x\0"),))
     refused(f"--merge-dir: cannot use the folder {none}: No such file", merge_dir=none)
     refused(f"--merge-dir: {file} is no folder", merge_dir=file)
-    refused("--adapters-file: ", adapters_file=none)
+    refused(f"--adapters-file: {none}: cannot be read: No such file", adapters_file=none)
+    refused(f"--adapters-file: {broken}: is not YAML that is read here: line 2: ", adapters_file=broken)
     refused("--ports-file: cannot use the folder", tmp_path / "none" / "ports.json")
     refused("is a folder; name a file", tmp_path)
 

@@ -81,7 +81,7 @@ def _check_adapters(settings: Settings) -> None:
         try:
             read_manifest(settings.adapters_file)
         except LoramuxError as error:
-            raise StartupError(f"--adapters-file: {error.message}") from error
+            raise StartupError(error.message) from error
 
 
 def adapter_roots(settings: Settings) -> tuple[AdapterRoots, Hub | None]:

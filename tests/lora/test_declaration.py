@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from loramux.errors import InvalidAdapter, InvalidRequest, LoramuxError
+from loramux.errors import InvalidRequest, StartupError
 from loramux.lora import yaml_text
 from loramux.lora.entry import Residency, State
 from loramux.lora.limits import ReadLimits
@@ -77,10 +77,13 @@ async def test_it_is_applied_at_start_and_reads_only_what_is_pinned(
     manager.registry.release(lease.uid, "r1")
 
 
-async def test_a_digest_that_is_not_there_is_refused(manager: AdapterManager, reader: FakeReader, file: Path) -> None:
+async def test_a_digest_that_is_not_there_is_refused(
+    manager: AdapterManager, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(file, f"adapters:\n- name: a\n  digest: {OTHER}\n- name: b\n  digest: {OTHER}\n  pin: true\n")
-    with pytest.raises(InvalidAdapter, match="not sha256:0000"):
-        await manager.start()
+    await manager.start()
+    assert "adapter 'b'" in caplog.text
+    assert "not sha256:0000" in caplog.text
     assert manager.registry.find("b") is None
     lease = manager.registry.lease(["a"], "r1")[0]
     async with asyncio.timeout(PATIENCE):
@@ -187,8 +190,8 @@ def test_what_is_wrong_is_named(file: Path, content: str, says: str) -> None:
         read_manifest(file)
 
 
-async def test_a_missing_file_is_told_at_start(manager: AdapterManager) -> None:
-    with pytest.raises(LoramuxError, match="cannot be read: No such file"):
+async def test_a_missing_file_is_told_at_start(manager: AdapterManager, file: Path) -> None:
+    with pytest.raises(StartupError, match=f"^--adapters-file: {file}: cannot be read: No such file"):
         await manager.start()
 
 
@@ -336,6 +339,24 @@ async def test_what_is_not_there_yet_is_tried_again(
     for _ in range(16):
         await declaration.look()
     assert manager.get("late").state is State.REGISTERED
+
+
+@pytest.mark.parametrize("pin", [False, True])
+async def test_what_is_not_there_at_start_keeps_nothing_from_serving(
+    reader: FakeReader, file: Path, pin: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the start, once the whole model was loaded, with a sentence that named no file."""
+    manager = AdapterManager(AdapterRegistry(), AdapterRoots([reader.root]), reader, declared_in=file)
+    write(file, f"adapters:\n- name: late\n  pin: {str(pin).lower()}\n- name: a\n")
+    await manager.start()
+    assert [e.name for e in manager.list()] == ["a"]
+    assert caplog.text.count(f"{file}: adapter 'late': source: there is no folder 'late'") == 1
+    reader.put("late", b"weights")
+    declaration = manager._declaration
+    assert declaration is not None
+    await declaration.look()
+    assert manager.get("late").state is (State.READY if pin else State.REGISTERED)
+    await manager.close()
 
 
 async def test_what_was_there_and_cannot_be_replaced_goes_with_its_line(

@@ -12,7 +12,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from loramux.errors import AdapterUnavailable, LoramuxError
+from loramux.errors import AdapterUnavailable, LoramuxError, StartupError
 from loramux.lora.entry import AdapterEntry
 from loramux.lora.folder import AdapterFolder
 from loramux.lora.manifest import Declared, read_manifest
@@ -61,10 +61,13 @@ class Declaration:
         self._told = ToldOnce(log, level=logging.ERROR)
 
     async def start(self) -> None:
-        """Apply the file. Raises what is wrong with it or with a pinned adapter."""
+        """Apply the file. What cannot be had is logged and tried again, as after start: a server without one adapter is
+        worth more than none. Raises StartupError if the file as a whole cannot be read."""
         self._seen = self._last = await asyncio.to_thread(_identity, self._path)
-        for error in (await self.apply()).values():
-            raise error
+        errors = await self.apply()
+        if "" in errors:
+            raise StartupError(errors[""].message)
+        self._report(errors)
         if self._interval > 0:
             self._task = asyncio.create_task(self._watch())
 
@@ -178,7 +181,9 @@ class Declaration:
 
     async def tell(self) -> None:
         """Apply, and log what could not be done."""
-        errors = await self.apply()
+        self._report(await self.apply())
+
+    def _report(self, errors: Mapping[str, LoramuxError]) -> None:
         self._tell(errors)
         log.info("applied %s: %d adapters, %d errors", self._path, len(self._applied), len(errors))
 

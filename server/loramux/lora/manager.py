@@ -85,7 +85,7 @@ class AdapterManager:
     async def start(self) -> None:
         """Register what lies under the roots and what is declared, and keep looking.
 
-        Raises what is wrong with the adapters file or with an adapter that it pins.
+        Raises StartupError if the adapters file cannot be read.
         """
         if self._catalog is not None:
             await self._catalog.start()

@@ -73,7 +73,7 @@ class _File(BaseModel):
 def read_manifest(path: Path) -> Mapping[str, Declared]:
     """The adapters that `path` declares, by name. Takes seconds for tens of thousands; runs in a worker.
 
-    Raises InvalidRequest that names the place and what is wrong with it.
+    Raises InvalidRequest that names the flag, the file, the place in it and what is wrong there.
     """
     try:
         content = read_yaml(read_file(path, _MOST_BYTES))
@@ -117,4 +117,4 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 
 def _wrong(path: Path, what: str) -> InvalidRequest:
-    return InvalidRequest("adapters_file", f"{path}: {what}", reason="INVALID_ADAPTERS_FILE")
+    return InvalidRequest("--adapters-file", f"{path}: {what}", reason="INVALID_ADAPTERS_FILE")
