@@ -60,7 +60,12 @@ class MergeProcess:
         try:
             out = await asyncio.to_thread(self._place, output)
             pipe = asyncio.subprocess.PIPE
-            child = self._child = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe)
+            child = self._child = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=pipe,
+                stdout=pipe,
+                process_group=0,  # Ctrl-C is for the server, which ends it
+            )
             try:
                 self._check_open()
                 await _send(child, self._job(ingredients, out, dtype))

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from loramux.errors import (
 )
 from loramux.merge_process import MergeProcess
 from loramux.model import sources
+from loramux.rpc.ports import MergeStep
 
 from tests.merge.recipes import STEPS, batched, dense, relative
 from tests.patience import PATIENCE
@@ -282,3 +284,13 @@ def clear(folder: Path) -> None:
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
+
+
+async def test_ctrl_c_is_not_for_the_worker(tmp_path: Path) -> None:
+    """It answered the terminal's signal with a traceback, beside the server's own way out."""
+    tells = "import json, os; print(json.dumps({'done': os.getpgrp(), 'total': os.getpid()}))"
+    steps = MergeProcess("a/base", tmp_path, command=(sys.executable, "-c", tells)).merge([], "out", "bf16")
+    step = await anext(steps)
+    await steps.aclose()
+    assert isinstance(step, MergeStep)
+    assert step.done == step.total
