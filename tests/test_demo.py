@@ -54,7 +54,9 @@ class Screen:
 
     def __init__(self, script: str, folder: Path) -> None:
         python = folder / "python"
-        program = PROGRAM.format(script=script).replace("import sys,", "import sys; del sys.argv[1:3]; import", 1)
+        program = PROGRAM.format(script=script, before="").replace(
+            "import sys,", "import sys; del sys.argv[1:3]; import", 1
+        )
         python.write_text(f"#!{sys.executable}\n{program}")
         python.chmod(0o755)
         self._ours, theirs = pty.openpty()

@@ -21,7 +21,7 @@ from loramux.rpc.server import Addresses
 
 pytest.importorskip("torch", reason="the command asks for all that the server needs")
 
-# Runs `loramux serve` with a stand-in for what loads models, which does what SCRIPT says.
+# Runs `loramux serve` with a stand-in for what loads models, which does what SCRIPT says; BEFORE is run first.
 PROGRAM = """
 import sys, time, types
 fake = types.ModuleType("loramux.assembly")
@@ -31,15 +31,16 @@ def prepare_model(settings, phases):
     {script}
 fake.prepare_model = prepare_model
 sys.modules["loramux.assembly"] = fake
+{before}
 from loramux.cli import main
 main()
 """
 
 
-def start(script: str, *flags: str, **environment: str) -> subprocess.Popen[str]:
+def start(script: str, *flags: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
     ports = () if "--port" in flags else ("--port", "0", "--admin-port", "0", "--metrics-port", "0")
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(script=script), "serve", *ports, *flags],
+        [sys.executable, "-c", PROGRAM.format(script=script, before=before), "serve", *ports, *flags],
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
@@ -86,6 +87,26 @@ def test_a_module_that_makes_something_else_of_the_signal_is_no_error() -> None:
     assert "Stopped while loading." in said
 
 
+def test_an_import_that_swallows_the_signal_is_not_waited_for() -> None:
+    """torch does without numpy if the import of that fails."""
+    before = """
+def importing(name):
+    try:
+        print("importing", file=sys.stderr, flush=True)
+        time.sleep(600)
+    except BaseException:
+        time.sleep(600)
+del fake.prepare_model
+fake.__getattr__ = importing
+"""
+    child = start("pass", before=before)
+    read_until(child, "importing")
+    child.send_signal(signal.SIGINT)
+    status, said = ended(child)
+    assert status == 0
+    assert "Stopped while loading." in said
+
+
 def test_a_second_signal_ends_what_the_first_did_not() -> None:
     child = start(
         "try:\n        print('trying', file=sys.stderr, flush=True)\n        time.sleep(600)\n"
@@ -100,12 +121,12 @@ def test_a_second_signal_ends_what_the_first_did_not() -> None:
 def test_what_waits_for_its_own_threads_is_not_waited_for() -> None:
     """A download from a hub runs in such threads, for as long as it takes."""
     child = start(
-        "import concurrent.futures, loramux.serve\n"
-        "    loramux.serve._GRACE_SECONDS = 0.2\n"
+        "import concurrent.futures\n"
         "    with concurrent.futures.ThreadPoolExecutor() as pool:\n"
         "        pool.submit(time.sleep, 600)\n"
         "        print('downloading', file=sys.stderr, flush=True)\n"
-        "        time.sleep(600)"
+        "        time.sleep(600)",
+        before="import loramux.serve; loramux.serve._GRACE_SECONDS = 0.2",
     )
     read_until(child, "downloading")
     child.send_signal(signal.SIGTERM)
@@ -116,7 +137,7 @@ def test_what_waits_for_its_own_threads_is_not_waited_for() -> None:
 
 def test_phases_are_bars_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", PROGRAM.format(script="time.sleep(1); sys.exit(3)"), "serve"]
+    command = [sys.executable, "-c", PROGRAM.format(script="time.sleep(1); sys.exit(3)", before=""), "serve"]
     command += ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
     child = subprocess.Popen(command, stderr=theirs, stdin=subprocess.DEVNULL)
     os.close(theirs)

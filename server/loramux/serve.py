@@ -40,6 +40,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DEVICE_LOST_STATUS = 70
 _LAST_WORDS_SECONDS = 5.0  # for the requests of a lost device to be told
 _GRACE_SECONDS = 10.0  # for what was begun to be undone; children get half of it
+_IMPORT_GRACE_SECONDS = 0.5  # while nothing is begun: an import that swallows the signal would go on
 
 
 class _Stopped(BaseException):
@@ -58,7 +59,7 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
     leaving = threading.Event()
     try:
         for number in _SIGNALS:
-            signal.signal(number, partial(_leave, console, leaving))
+            signal.signal(number, partial(_leave, console, leaving, _IMPORT_GRACE_SECONDS))
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # nothing to reload yet, and no reason to die
         with Phases(console) as phases:
             phases.begin("Checking the settings")
@@ -69,6 +70,8 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
                     from loramux.assembly import prepare_model
 
                 logs.configure(settings.log_level, settings.log_format)  # libraries have set up their own
+                for number in _SIGNALS:
+                    signal.signal(number, partial(_leave, console, leaving, _GRACE_SECONDS))
                 loaded = prepare_model(settings, phases)
         asyncio.run(_run(settings, loaded, console, ports_file, started))
     except DeviceLost as error:
@@ -83,11 +86,11 @@ def run(settings: Settings, console: Console, ports_file: Path | None = None) ->
         _end_at_next_signal(console)
 
 
-def _leave(console: Console, leaving: threading.Event, number: int, frame: object) -> NoReturn:
+def _leave(console: Console, leaving: threading.Event, grace: float, number: int, frame: object) -> NoReturn:
     leaving.set()
     _end_at_next_signal(console)
     # What waits for threads of its own (a download from a hub) would wait until they are done.
-    overdue = threading.Timer(_GRACE_SECONDS, _give_up, (console,))
+    overdue = threading.Timer(grace, _give_up, (console,))
     overdue.daemon = True
     overdue.start()
     raise _Stopped
