@@ -102,8 +102,10 @@ def _end_at_next_signal(console: Console) -> None:
 
 
 def _give_up(console: Console) -> None:
-    _tell(console, "Stopped while loading.")
-    _exit(console, 0)
+    try:
+        _tell(console, "Stopped while loading.")
+    finally:  # whatever became of the terminal
+        _exit(console, 0)
 
 
 def _exit(console: Console, status: int) -> NoReturn:
