@@ -116,7 +116,7 @@ async def test_progress_and_report(rig: Rig) -> None:
 
 
 async def test_refusals(rig: Rig, tmp_path: Path) -> None:
-    await refused(rig, AdapterNotFound, "not loaded", name="nobody")
+    await refused(rig, AdapterNotFound, "there is no adapter 'nobody'", name="nobody")
     await refused(rig, InvalidRequest, "name the adapter", name="")
     await refused(rig, InvalidRequest, "not both", mix={"b": 1.0})
     await refused(rig, InvalidRequest, "got nan", name="", mix={"b": float("nan")})
