@@ -9,18 +9,14 @@ asynchronous copies of 16 bytes a thread.
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from loramux.ops.cuda.attention import attention
+from loramux.ops.cuda.precompile import Card, needs
 from loramux.ops.paged import AttentionShape, LayerCache, PagedBatch
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 # Heads, key-value heads, dimensions of keys and values, window, softcap, sinks.
@@ -31,43 +27,14 @@ SHAPES = {
 }
 
 
-class Driver:
-    """As much of a driver as compiling asks for."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
-    assert found is not None, text
-    return int(found[1]), max(int(found[2]), int(found[3]))
-
-
 def compile_all(capability: int) -> None:
-    triton.runtime.driver.set_active(Driver(capability))
+    triton.runtime.driver.set_active(Card(capability))
     launch: Any = JITFunction.run
     current = ""
 
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        registers, local = resources(kernel.asm["cubin"])
+        registers, local = needs(kernel.asm["cubin"])
         copies = kernel.asm["ptx"].count("cp.async.cg.shared.global")
         print(current, self.__name__, registers, local, kernel.metadata.shared, copies)
         return kernel

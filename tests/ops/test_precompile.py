@@ -37,8 +37,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fits(compiled: Compiled, capability: int) -> None:
     assert compiled.shared <= SHARED[capability], compiled
-    # None to speak of; most have tiles of 128 rows on 8.x, chosen by what 9.0 does with them.
-    assert compiled.spilled <= 96, compiled
+    # Two registers; on 8.x some more, in tiles of 128 rows that were chosen by what 9.0 does with them.
+    assert compiled.spilled <= (8 if capability >= 90 else 72), compiled
     if compiled.kernel in ("nf4_linear", "lora_down"):
         copies = compiled.loads["cp.async.cg"] + compiled.loads["cp.async.ca"]
         assert copies > 0, f"nothing is loaded while something is computed: {compiled}"

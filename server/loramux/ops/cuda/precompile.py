@@ -189,8 +189,8 @@ def compiled_before(shapes: Shapes, wanted: Steps, capability: int) -> Path:
     return Path(triton.knobs.cache.dir) / f"loramux-{name}"
 
 
-class _Card:
-    """As much of a driver as compiling asks for."""
+class Card:
+    """As much of a driver as compiling asks for: a card of that compute capability (90)."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -225,7 +225,7 @@ class _Launches:
             made = self._compile(kernel, *args, grid=(1,), warmup=True, **kwargs)
             seconds = time.monotonic() - begin
             ptx = made.asm["ptx"]
-            registers, spilled = _resources(made.asm["cubin"]) if resources else (0, 0)
+            registers, spilled = needs(made.asm["cubin"]) if resources else (0, 0)
             compiled = Compiled(
                 kernel.__name__,
                 what,
@@ -248,7 +248,7 @@ def _argument(parameter: Any, value: object) -> object:
     return type(value)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def needs(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its own memory: what is spilled."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -348,7 +348,7 @@ def _linear(operation: Operation, shapes: Shapes) -> TritonLinear:
 
 def main(request: dict[str, Any]) -> None:
     """Compile this process's share."""
-    triton.runtime.driver.set_active(_Card(request["capability"]))
+    triton.runtime.driver.set_active(Card(request["capability"]))
     launches = _Launches()
 
     def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
